@@ -1,0 +1,1 @@
+"""Multi-tenant, sharded conversation history for the OpenAI Agents SDK."""
