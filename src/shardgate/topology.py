@@ -153,7 +153,8 @@ def _quotas(slots: int, weights: Mapping[str, float], *, held: Mapping[str, int]
     """Round each shard's exact share down, or up for as many as it takes to use all slots.
 
     Shards that hold more than their rounded-down share come first, since each of them saves a
-    move; then the largest remainder. Fractions, because a sum of floats depends on its order.
+    move; then the largest remainder. Fractions, because a sum of floats depends on its order and
+    may overflow.
     """
     shares = _shares(slots, weights)
     quotas = {name: math.floor(share) for name, share in shares.items()}
