@@ -1,0 +1,47 @@
+# Every target makes the virtual environment it needs; PYTHON= chooses the interpreter (3.11+).
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+OLDEST := .venv-oldest
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PIP_ROOT_USER_ACTION := ignore
+
+# The lower bound of the range that the extra `agents` names, as a pinned requirement.
+OLDEST_AGENTS = import re, tomllib; \
+	extras = tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]; \
+	print(re.sub(r">=([^,]+).*", r"==\1", extras["agents"][0]))
+
+.PHONY: demo test check soak test-oldest clean
+
+demo: $(VENV)/.stamp  ## tenants, shards and a real Runner, without a network
+	$(RUN) -m shardgate.testing.demo
+
+test: $(VENV)/.stamp  ## everything that this machine can run; the header names the databases
+	$(RUN) -m pytest
+
+check: $(VENV)/.stamp  ## lint, format, types, layers, the public API
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	MYPYPATH=src:tests $(VENV)/bin/mypy --explicit-package-bases tests/harness tests/conftest.py
+	$(VENV)/bin/lint-imports
+	$(RUN) -m pytest -q tests/unit/test_public_api.py
+
+soak: $(VENV)/.stamp  ## the long tests only
+	$(RUN) -m pytest -m soak
+
+test-oldest: $(OLDEST)/.stamp  ## the SDK tests on the oldest openai-agents that we support
+	$(OLDEST)/bin/python -m pytest tests/agents
+
+clean:
+	rm -rf $(VENV) $(OLDEST)
+
+# pip knows dependency groups since 25.1. Quiet, except for what goes wrong.
+%/.stamp: pyproject.toml
+	$(PYTHON) -m venv $*
+	echo '*' > $*/.gitignore
+	$*/bin/python -m pip install --quiet --upgrade 'pip>=25.1'
+	$*/bin/python -m pip install --quiet --editable '.[agents,cli]' --group dev \
+		$(if $(filter $(OLDEST),$*),"$$($*/bin/python -c '$(OLDEST_AGENTS)')")
+	touch $@
