@@ -23,8 +23,6 @@ from pydantic import BaseModel
 
 PREFIX = "SHARDGATE_"
 CONFIG, SECRETS_DIR = "SHARDGATE_CONFIG", "SHARDGATE_SECRETS_DIR"
-# Read by others than GatewaySettings: where the sources are, and what the test suite runs on.
-NOT_SETTINGS = re.compile(rf"{CONFIG}|{SECRETS_DIR}|SHARDGATE_TEST_\w+")
 NAME = re.compile(r"[a-z0-9]+(?:_[a-z0-9]+)*")
 NAME_LENGTH = 63
 NAME_RULE = "a-z, 0-9 and single _ between them, at most 63 characters"
@@ -174,8 +172,10 @@ class Source:
             value = _json_object(value)
         if isinstance(value, Mapping):
             return value
-        wanted = "one JSON object without repeated keys" if origin.is_text else "a table"
+        wanted = "a table"
         hint = ""
+        if origin.is_text:
+            wanted = "one JSON object, without repeated keys and without quotes around it"
         if len(route) == 2 and route[0] == "shards" and origin.is_text:
             hint = f"; for the shard's URL alone use {origin.name(route)}__URL"
         self.problems.append(f"{origin.name(route)}: must be {wanted}{hint}")
@@ -262,7 +262,7 @@ def _is_foreign(written: str, variables: Mapping[str, str | None]) -> bool:
     service = SERVICE.fullmatch(written)
     if service and (not service["more"] or f"SHARDGATE{service['more']}_SERVICE_HOST" in variables):
         return True
-    return NOT_SETTINGS.fullmatch(written.upper()) is not None
+    return written.upper() in (CONFIG, SECRETS_DIR)
 
 
 def _enter_text(source: Source, origin: Origin, value: str | None) -> None:

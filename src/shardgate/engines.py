@@ -1,0 +1,181 @@
+"""Engines: how our own are made and shared, and what is remembered of anybody's."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import weakref
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import event
+from sqlalchemy.engine import make_url
+from sqlalchemy.ext.asyncio import create_async_engine
+
+from shardgate.errors import UsageError
+from shardgate.sql.mysql import MySQL
+from shardgate.sql.postgresql import PostgreSQL
+from shardgate.sql.sqlite import SQLite
+
+if TYPE_CHECKING:
+    from sqlalchemy import URL, Engine
+    from sqlalchemy.ext.asyncio import AsyncEngine
+
+    from shardgate.sql.dialect import Dialect
+    from shardgate.sql.schema import Tables
+
+DIALECTS: dict[str, type[Dialect]] = {
+    dialect.driver: dialect for dialect in (PostgreSQL, MySQL, SQLite)
+}
+
+_BUSY_MILLISECONDS = 5000
+
+
+class EngineState:
+    """What is remembered of an engine as long as it lives."""
+
+    def __init__(self) -> None:
+        self.verified: set[tuple[str | None, str]] = set()
+        self.single_connection = threading.Lock()
+        self._dialects: dict[Tables, Dialect] = {}
+        self._locks: weakref.WeakKeyDictionary[
+            asyncio.AbstractEventLoop, dict[str, asyncio.Lock]
+        ] = weakref.WeakKeyDictionary()
+
+    def lock(self, purpose: str) -> asyncio.Lock:
+        """A lock of this engine, of the running event loop's own."""
+        locks = self._locks.setdefault(asyncio.get_running_loop(), {})
+        return locks.setdefault(purpose, asyncio.Lock())
+
+    def dialect(self, engine: AsyncEngine, tables: Tables) -> Dialect:
+        """The statements for ``tables`` on this engine, written once."""
+        if tables not in self._dialects:
+            self._dialects[tables] = _dialect_for(engine, tables)
+        return self._dialects[tables]
+
+
+_states: weakref.WeakKeyDictionary[Engine, EngineState] = weakref.WeakKeyDictionary()
+_states_guard = threading.Lock()
+
+
+def state_of(engine: AsyncEngine) -> EngineState:
+    """The one state of this engine."""
+    with _states_guard:
+        return _states.setdefault(engine.sync_engine, EngineState())
+
+
+def _dialect_for(engine: AsyncEngine, tables: Tables) -> Dialect:
+    driver = engine.dialect.driver
+    if driver not in DIALECTS:
+        raise UsageError(
+            f"the engine's driver {driver!r} is not supported: use postgresql+asyncpg, "
+            "mysql+aiomysql, mariadb+aiomysql or sqlite+aiosqlite"
+        )
+    return DIALECTS[driver](tables, engine.dialect)
+
+
+def make_engine(url: str | URL, engine_kwargs: dict[str, Any]) -> AsyncEngine:
+    """An engine tuned for our statements; what ``engine_kwargs`` says goes first.
+
+    aiomysql: autocommit, so that a connection goes back to the pool without a round trip (our
+    packets hold their own transactions). aiosqlite: WAL, so that readers do not wait for a writer.
+    """
+    url = make_url(url)
+    driver = url.get_driver_name()
+    options = dict(engine_kwargs)
+    if driver == MySQL.driver and "isolation_level" not in options:
+        options |= {"isolation_level": "AUTOCOMMIT", "skip_autocommit_rollback": True}
+    if driver == MySQL.driver and "charset" not in url.query:
+        options["connect_args"] = {"charset": "utf8mb4"} | options.get("connect_args", {})
+    if driver == SQLite.driver:
+        options.setdefault("pool_reset_on_return", None)
+    engine = create_async_engine(url, **options)
+    if driver == SQLite.driver:
+        event.listen(engine.sync_engine, "connect", _tune_sqlite)
+    return engine
+
+
+def _tune_sqlite(connection: Any, _record: object) -> None:
+    cursor = connection.cursor()
+    try:
+        cursor.execute(f"PRAGMA busy_timeout = {_BUSY_MILLISECONDS}")
+        with suppress(connection.dbapi.OperationalError):
+            # Somebody else may be switching right now; the mode is the file's, not ours alone.
+            cursor.execute("PRAGMA journal_mode = WAL")
+    finally:
+        cursor.close()
+
+
+@dataclass
+class _Shared:
+    """The engines of one URL: one for each event loop, and one made before there was a loop."""
+
+    by_loop: dict[asyncio.AbstractEventLoop | None, AsyncEngine] = field(default_factory=dict)
+
+
+_shared: dict[tuple[str, object], _Shared] = {}
+_shared_guard = threading.Lock()
+
+
+def shared_engine(url: str, engine_kwargs: dict[str, Any]) -> AsyncEngine:
+    """The engine for this URL and these options on the running event loop.
+
+    Without a running loop, the engine that the next loop to ask will have. Engines of loops that
+    were closed are dropped here.
+    """
+    loop = _running_loop()
+    with _shared_guard:
+        _drop_closed_loops()
+        engines = _shared.setdefault(_shared_key(url, engine_kwargs), _Shared()).by_loop
+        if loop not in engines:
+            engines[loop] = engines.pop(None, None) or make_engine(url, engine_kwargs)
+        return engines[loop]
+
+
+async def close_shared_engine(url: str, engine_kwargs: dict[str, Any]) -> None:
+    """Close the running loop's engine for this URL; the next one to ask has a new one."""
+    with _shared_guard:
+        engines = _shared.get(_shared_key(url, engine_kwargs), _Shared()).by_loop
+        engine = engines.pop(asyncio.get_running_loop(), None)
+    if engine is not None:
+        await engine.dispose()
+
+
+def _running_loop() -> asyncio.AbstractEventLoop | None:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
+
+
+def _shared_key(url: str, engine_kwargs: dict[str, Any]) -> tuple[str, object]:
+    return url, _frozen(engine_kwargs)
+
+
+def _frozen(value: object) -> object:
+    """A hashable stand-in: equal for equal options, and for the same object where that is all."""
+    if isinstance(value, dict):
+        return frozenset((name, _frozen(option)) for name, option in value.items())
+    if isinstance(value, list | tuple):
+        return tuple(map(_frozen, value))
+    try:
+        hash(value)
+    except TypeError:
+        return id(value)
+    return type(value), value
+
+
+def _drop_closed_loops() -> None:
+    for engines in list(_shared.values()):
+        for loop in [loop for loop in engines.by_loop if loop is not None and loop.is_closed()]:
+            _abandon(engines.by_loop.pop(loop))
+
+
+def _abandon(engine: AsyncEngine) -> None:
+    """Close the idle connections of an engine whose event loop is gone, without waiting."""
+    pool = engine.sync_engine.pool
+    with suppress(Exception):
+        while pool.checkedin() > 0:  # type: ignore[attr-defined]  # pools that count have it
+            pool.connect().invalidate()
+    engine.sync_engine.dispose(close=False)

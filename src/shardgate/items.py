@@ -1,0 +1,94 @@
+"""Items as text: any JSON value survives, anything else is refused before it is sent.
+
+JSON text keeps what a JSON column and faster encoders lose: U+0000, lone surrogates, integers
+beyond 64 bits, NaN. Two things are not told apart, since JSON has no words for them: a tuple comes
+back as a list, and a surrogate pair written as two halves comes back as one character.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+from shardgate.errors import UsageError
+
+MAX_DEPTH = 500
+"""How deep an item may be nested: what this writes, every interpreter's decoder can read."""
+
+_LEAVES = (str, int, float, type(None))
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def encode(item: object, *, ensure_ascii: bool = True) -> str:
+    """``item`` as JSON text.
+
+    Raises:
+        UsageError: it is not JSON; names the place.
+    """
+    _check(item)
+    try:
+        text = json.dumps(item, ensure_ascii=ensure_ascii, separators=(",", ":"))
+    except ValueError as error:  # an integer of more digits than the interpreter converts
+        raise UsageError(f"the item cannot be written as JSON: {error}") from None
+    return text if text.isascii() else _SURROGATE.sub(_escaped, text)
+
+
+def decode(text: str) -> Any:
+    """The item of a stored text; raises ValueError, TypeError or RecursionError if it is none."""
+    return json.loads(text)
+
+
+def check_text(text: object) -> str:
+    """What an overridden ``_serialize_item`` gave, if a database can store it as text."""
+    if not isinstance(text, str):
+        raise UsageError(f"_serialize_item must return a str, not {type(text).__name__}")
+    if "\0" in text or _SURROGATE.search(text):
+        raise UsageError(
+            "_serialize_item returned text with U+0000 or a lone surrogate, which databases cannot "
+            "store: encode it, for example as JSON or base64"
+        )
+    return text
+
+
+def _escaped(match: re.Match[str]) -> str:
+    return f"\\u{ord(match.group()):04x}"
+
+
+def _check(item: object) -> None:
+    """Walk without recursion, so that depth is a number here and not a crash."""
+    stack: list[tuple[object, int]] = [(item, 0)]
+    while stack:
+        value, depth = stack.pop()
+        if isinstance(value, _LEAVES):
+            continue
+        if depth >= MAX_DEPTH:
+            raise UsageError(f"the item is nested more than {MAX_DEPTH} levels deep")
+        if isinstance(value, dict):
+            if not all(isinstance(key, str) for key in value):
+                raise _refusal(item)
+            stack += [(child, depth + 1) for child in value.values()]
+        elif isinstance(value, list | tuple):
+            stack += [(child, depth + 1) for child in value]
+        else:
+            raise _refusal(item)
+
+
+def _refusal(item: object) -> UsageError:
+    """The error for the first thing in ``item`` that is not JSON, with its path."""
+    stack: list[tuple[object, str]] = [(item, "item")]
+    while stack:
+        value, path = stack.pop()
+        if isinstance(value, dict):
+            for key in value:
+                if not isinstance(key, str):
+                    kind = type(key).__name__
+                    return UsageError(f"{path} is not JSON: a key is a {kind}, not a str")
+            stack += [(child, f"{path}[{key!r}]") for key, child in reversed(value.items())]
+        elif isinstance(value, list | tuple):
+            children = [(child, f"{path}[{place}]") for place, child in enumerate(value)]
+            stack += reversed(children)
+        elif not isinstance(value, _LEAVES):
+            kind = type(value).__name__
+            return UsageError(f"{path} is not JSON: a {kind}; convert it first")
+    return UsageError("the item is not JSON")

@@ -1,0 +1,300 @@
+"""Sessions as the OpenAI Agents SDK takes them: structurally, without importing it.
+
+``GatewaySession`` is one conversation of one tenant of a gateway. ``SQLAlchemySession`` stands
+alone, on one database, and takes what the SDK's class of that name takes.
+"""
+
+from __future__ import annotations
+
+import sys
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from shardgate.engines import close_shared_engine, shared_engine
+from shardgate.errors import UsageError
+from shardgate.items import check_text, decode, encode
+from shardgate.shards import Database
+from shardgate.slots import check_session_id, hash_key, to_signed
+from shardgate.sql.dialect import Key
+from shardgate.sql.schema import STANDALONE_TENANT, TableNames, build_tables
+from shardgate.sql.transactions import Undecodable
+from shardgate.store import Codec, Store
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from typing import Self
+
+    from agents.items import TResponseInputItem
+    from agents.memory import SessionSettings
+    from sqlalchemy.ext.asyncio import AsyncEngine
+
+    from shardgate.sql.schema import Tables
+    from shardgate.sql.transactions import Tail
+
+
+@dataclass(frozen=True, slots=True)
+class CompactionSnapshot:
+    """The newest items of a session, and a way to replace the last of them if nothing changed.
+
+    ``complete`` says whether these are all. ``replace_suffix(start, output)`` puts ``output`` in
+    the place of ``items[start:]`` in one transaction, and returns whether it did.
+    """
+
+    items: list[TResponseInputItem]
+    complete: bool
+    replace_suffix: Callable[[int, list[TResponseInputItem]], Awaitable[bool]]
+
+
+class StoredSession(ABC):
+    """What the stand-alone session and a gateway's have in common: the SDK's session protocol.
+
+    Every method's ``wrapper`` is the SDK's run context; it is accepted and not used.
+    """
+
+    session_id: str
+
+    def __init__(
+        self,
+        *,
+        session_settings: SessionSettings | dict[str, Any] | None,
+        ensure_ascii: bool,
+    ) -> None:
+        self._session_settings = _checked_settings(session_settings)
+        self._ensure_ascii = ensure_ascii
+        kind = type(self)
+        self._own_encoder = kind._serialize_item is not StoredSession._serialize_item
+        self._codec = Codec(
+            decode=self._deserialize_item,
+            is_json=kind._deserialize_item is StoredSession._deserialize_item,
+        )
+
+    @property
+    def session_settings(self) -> SessionSettings | None:
+        """The session's defaults. A dict becomes the SDK's ``SessionSettings`` once it is loaded."""
+        if isinstance(self._session_settings, dict):
+            self._session_settings = _as_sdk_settings(self._session_settings)
+        return self._session_settings  # type: ignore[return-value]  # a dict only without the SDK
+
+    @session_settings.setter
+    def session_settings(self, value: SessionSettings | dict[str, Any] | None) -> None:
+        self._session_settings = _checked_settings(value)
+
+    @abstractmethod
+    async def _locate(self) -> tuple[Store, Key]:
+        """Where the session lives now."""
+
+    async def _serialize_item(self, item: TResponseInputItem) -> str:
+        """The text to store for an item. May be overridden, together with its counterpart."""
+        return encode(item, ensure_ascii=self._ensure_ascii)
+
+    async def _deserialize_item(self, item: str) -> TResponseInputItem:
+        """The item of a stored text. ValueError or TypeError say that it is none."""
+        return decode(item)  # type: ignore[no-any-return]
+
+    async def get_items(
+        self, limit: int | None = None, *, wrapper: object = None
+    ) -> list[TResponseInputItem]:
+        """The newest ``limit`` items, oldest first; all of them where no limit is set anywhere.
+
+        Rows that cannot be decoded are skipped, do not count, and are named in the log.
+
+        Raises:
+            UsageError: the limit is negative or not an integer.
+        """
+        limit = _checked_limit(self._default_limit() if limit is None else limit)
+        if limit == 0:
+            return []
+        store, key = await self._locate()
+        return await store.newest(key, limit, self._codec)
+
+    async def add_items(self, items: list[TResponseInputItem], *, wrapper: object = None) -> None:
+        """Append ``items`` as one, after everything that was appended before.
+
+        Raises:
+            UsageError: an item is not JSON; nothing was written.
+        """
+        data = [await self._text(item) for item in items]
+        if not data:
+            return
+        store, key = await self._locate()
+        await store.append(key, data)
+
+    async def pop_item(self, *, wrapper: object = None) -> TResponseInputItem | None:
+        """Remove the newest item and return it; None where there is none.
+
+        Two calls at once never return the same item. A row that cannot be decoded stays.
+        """
+        store, key = await self._locate()
+        return await store.pop(key, self._codec)  # type: ignore[no-any-return]
+
+    async def clear_session(self, *, wrapper: object = None) -> None:
+        """Remove every item."""
+        store, key = await self._locate()
+        await store.clear(key)
+
+    async def _get_compaction_snapshot(
+        self,
+        limit: int,
+        *,
+        prune_prefix: Callable[[TResponseInputItem], bool] | None = None,
+    ) -> CompactionSnapshot | None:
+        """The hook by which the SDK's ``OpenAIResponsesCompactionSession`` compacts in place.
+
+        A row that cannot be decoded is kept: the snapshot begins after it and is not complete.
+        ``prune_prefix`` says of the rows before the replaced ones, oldest first, which go as well.
+        """
+        store, key = await self._locate()
+        tail = await store.tail(key, limit)
+        items, first = await self._after_undecodable(tail)
+
+        async def prune(data: str) -> bool:
+            return prune_prefix is not None and prune_prefix(await self._codec.item(data))
+
+        async def replace_suffix(start: int, output: list[TResponseInputItem]) -> bool:
+            data = [await self._text(item) for item in output]
+            chosen = None if prune_prefix is None else prune
+            return await store.replace(key, tail, start=first + start, items=data, prune=chosen)
+
+        return CompactionSnapshot(items, tail.complete and first == 0, replace_suffix)
+
+    async def _after_undecodable(self, tail: Tail) -> tuple[list[TResponseInputItem], int]:
+        """The items after the last row that cannot be decoded, and the place of the first."""
+        items: list[TResponseInputItem] = []
+        first = 0
+        for place, row in enumerate(tail.rows):
+            try:
+                items.append(await self._codec.item(row.data))
+            except Undecodable:
+                items, first = [], place + 1
+        return items, first
+
+    async def _text(self, item: TResponseInputItem) -> str:
+        text = await self._serialize_item(item)
+        return check_text(text) if self._own_encoder else text
+
+    def _default_limit(self) -> int | None:
+        settings = self._session_settings
+        if isinstance(settings, dict):
+            return settings.get("limit")
+        return None if settings is None else settings.limit
+
+
+class SQLAlchemySession(StoredSession):
+    """A session on one database, without tenants: the drop-in for the SDK's class of this name.
+
+    It may be used from several threads, each with its own event loop, where its engine may:
+    sessions made by :meth:`from_url` have an engine for each loop. Errors of the database are
+    SQLAlchemy's own. An engine that is passed in is never closed, and no setting of it is changed.
+    """
+
+    def __init__(
+        self,
+        session_id: str,
+        *,
+        engine: AsyncEngine,
+        create_tables: bool = False,
+        sessions_table: str = "agent_sessions",
+        messages_table: str = "agent_messages",
+        session_settings: SessionSettings | dict[str, Any] | None = None,
+        ensure_ascii: bool = True,
+    ) -> None:
+        """Name a session; no I/O.
+
+        Args:
+            session_id: 1 to 255 characters, compared exactly.
+            engine: an async engine of asyncpg, aiomysql or aiosqlite.
+            create_tables: create the tables at the first use, if they are missing.
+            sessions_table: the table of the sessions; the operations' table is named after it.
+            messages_table: the table of the items.
+            session_settings: the SDK's ``SessionSettings`` or a dict: the default ``limit``.
+            ensure_ascii: whether stored JSON escapes what is not ASCII.
+        """
+        super().__init__(session_settings=session_settings, ensure_ascii=ensure_ascii)
+        self.session_id = check_session_id(session_id)
+        self._engine = engine
+        self._url: tuple[str, dict[str, Any]] | None = None
+        self._create_tables = create_tables
+        self._tables = _standalone_tables(sessions_table, messages_table)
+        Database(engine, self._tables)  # refuses a driver that we do not speak
+        h = to_signed(hash_key(STANDALONE_TENANT, session_id))
+        self._key = Key(STANDALONE_TENANT, session_id, h)
+
+    @classmethod
+    def from_url(
+        cls,
+        session_id: str,
+        *,
+        url: str,
+        engine_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """Name a session by its database's URL.
+
+        All sessions of one URL and the same ``engine_kwargs`` share one engine on each event loop.
+        ``kwargs`` go to the constructor.
+        """
+        source = (url, engine_kwargs or {})
+        session = cls(session_id, engine=shared_engine(*source), **kwargs)
+        session._url = source
+        return session
+
+    @property
+    def engine(self) -> AsyncEngine:
+        """The engine: the one passed in, or the running event loop's for the URL."""
+        return self._engine if self._url is None else shared_engine(*self._url)
+
+    async def aclose(self) -> None:
+        """Close the connections that sessions of this URL share on this event loop.
+
+        The next call of any of them opens new ones. An engine that was passed in is left alone.
+        """
+        if self._url is not None:
+            await close_shared_engine(*self._url)
+
+    async def _locate(self) -> tuple[Store, Key]:
+        database = Database(self.engine, self._tables)
+        await database.ready(create=self._create_tables)
+        return Store(database), self._key
+
+
+@cache
+def _standalone_tables(sessions_table: str, messages_table: str) -> Tables:
+    if sessions_table == messages_table:
+        raise UsageError("sessions_table and messages_table must be two tables")
+    return build_tables(TableNames.standalone(sessions_table, messages_table))
+
+
+def _checked_limit(limit: object) -> int | None:
+    if limit is None:
+        return None
+    if not isinstance(limit, int) or isinstance(limit, bool):
+        raise UsageError(f"limit must be an integer or None, not {type(limit).__name__}")
+    if limit < 0:
+        raise UsageError(f"limit must not be negative: {limit}; use 0 for no items, None for all")
+    return limit
+
+
+def _checked_settings(
+    settings: SessionSettings | dict[str, Any] | None,
+) -> SessionSettings | dict[str, Any] | None:
+    if isinstance(settings, dict):
+        unknown = sorted(set(settings) - {"limit"})
+        if unknown:
+            raise UsageError(f"session_settings has no {', '.join(map(repr, unknown))}; it has 'limit'")
+        _checked_limit(settings.get("limit"))
+        return _as_sdk_settings(settings)
+    if settings is not None and not hasattr(settings, "limit"):
+        raise UsageError(
+            f"session_settings must be a SessionSettings, a dict or None, "
+            f"not {type(settings).__name__}"
+        )
+    return settings
+
+
+def _as_sdk_settings(settings: dict[str, Any]) -> SessionSettings | dict[str, Any]:
+    """The SDK's own class where the SDK is loaded; it is never loaded from here."""
+    sdk = sys.modules.get("agents.memory.session_settings")
+    return dict(settings) if sdk is None else sdk.SessionSettings(**settings)

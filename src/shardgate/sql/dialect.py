@@ -1,0 +1,159 @@
+"""What a database has to be able to do for a session: four operations, each one statement.
+
+A dialect runs on the *driver's* connection (asyncpg's, aiomysql's, aiosqlite's), reached through
+the engine's pool: its statements are text, so nothing is compiled per call, and an operation is
+one round trip. Rare operations are written once for all databases, in ``transactions.py``.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from sqlalchemy.exc import DBAPIError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from sqlalchemy import Table
+    from sqlalchemy.engine import Dialect as SQLAlchemyDialect
+
+    from shardgate.sql.schema import Tables
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """Which session: ``h`` (signed, as stored) places it, the two ids identify it."""
+
+    tenant_id: str
+    session_id: str
+    h: int
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One stored item."""
+
+    seq: int
+    data: str
+
+
+@dataclass(frozen=True, slots=True)
+class Popped:
+    """What one attempt at a pop found.
+
+    ``contended``: another writer was faster, nothing was removed. ``undecodable``: the newest row
+    is not JSON by the database's judgement, nothing was removed.
+    """
+
+    outcome: Literal["popped", "empty", "contended", "undecodable"]
+    data: str | None = None
+
+
+LISTED_AT_SECONDS = 60
+"""How coarse ``listed_at`` is: it follows ``updated_at`` at most once in this many seconds."""
+
+
+def nbytes(data: str) -> int:
+    """The size of a stored item in bytes of UTF-8."""
+    return len(data) if data.isascii() else len(data.encode())
+
+
+class Dialect(ABC):
+    """The statements of one database, for one set of tables.
+
+    ``connection`` is always the driver's own connection, outside any transaction. Every method
+    either takes effect whole or not at all, and leaves the connection without a transaction.
+    Methods raise the driver's exceptions; :meth:`translate` turns them into SQLAlchemy's.
+    """
+
+    driver: ClassVar[str]
+    one_thread: ClassVar[bool] = False
+    """Whether the driver runs an operation whole on a thread of its own connection."""
+
+    def __init__(self, tables: Tables, sqlalchemy_dialect: SQLAlchemyDialect) -> None:
+        self.tables = tables
+        self.sqlalchemy_dialect = sqlalchemy_dialect
+        self._prepare()
+
+    @abstractmethod
+    def _prepare(self) -> None:
+        """Write the statements, once."""
+
+    @abstractmethod
+    async def append(
+        self, connection: Any, key: Key, items: Sequence[str], incarnation: int
+    ) -> None:
+        """Append ``items`` in their order, as one; ``incarnation`` is for a session made now."""
+
+    @abstractmethod
+    async def tail(self, connection: Any, key: Key, limit: int | None) -> list[Row]:
+        """The newest ``limit`` rows (None: all), newest first."""
+
+    @abstractmethod
+    async def pop(self, connection: Any, key: Key) -> Popped:
+        """Remove the newest row if the database can tell that it is JSON."""
+
+    @abstractmethod
+    async def clear(self, connection: Any, key: Key) -> None:
+        """Remove every item; the session's row stays and its numbers go on."""
+
+    @abstractmethod
+    def in_transaction(self, connection: Any) -> bool:
+        """Whether somebody has left (or has) a transaction open on ``connection``."""
+
+    @abstractmethod
+    async def abandon(self, connection: Any) -> None:
+        """Roll back what a failed operation may have left open."""
+
+    @abstractmethod
+    def is_contention(self, error: BaseException) -> bool:
+        """Whether the database rolled the statement back because of other writers."""
+
+    async def admit(self, connection: Any) -> bool:
+        """Whether a single statement on this new connection runs at READ COMMITTED."""
+        return True
+
+    def name(self, table: Table) -> str:
+        """The table's name as SQL, quoted where needed, with its schema."""
+        return self.sqlalchemy_dialect.identifier_preparer.format_table(table)
+
+    def names(self) -> dict[str, str]:
+        """The SQL names of the slot-owned tables, to be put into statements."""
+        return {
+            "sessions": self.name(self.tables.sessions),
+            "messages": self.name(self.tables.messages),
+        }
+
+    def translate(self, error: Exception, adapted: Any) -> Exception:
+        """The SQLAlchemy exception for a driver's ``error`` on the adapted connection."""
+        try:
+            adapted._handle_exception(error)
+        except Exception as raised:  # noqa: BLE001 - to raise is the adapter's way to translate
+            return self.wrap(raised, adapted)
+        return error
+
+    def wrap(self, error: Exception, adapted: Any) -> Exception:
+        """A DBAPI exception as SQLAlchemy's execution layer would have raised it."""
+        base = self.sqlalchemy_dialect.loaded_dbapi.Error
+        if not isinstance(error, base):
+            return error
+        return DBAPIError.instance(
+            statement=None,
+            params=None,
+            orig=error,
+            dbapi_base_err=base,
+            hide_parameters=True,
+            connection_invalidated=self.sqlalchemy_dialect.is_disconnect(error, adapted, None),
+            dialect=self.sqlalchemy_dialect,
+        )
+
+
+_INDENT = re.compile(r"\s*\n\s*")
+
+
+def one_line(statement: str) -> str:
+    """A statement without its source's line breaks: what a server logs should be one line."""
+    return _INDENT.sub(" ", statement).strip()

@@ -1,0 +1,328 @@
+"""The rare operations, written once for every database with SQLAlchemy Core.
+
+Those that change a session begin by locking its row (an UPDATE that changes nothing: that locks on
+every database), so that what they read next cannot change before they commit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import DateTime, and_, delete, func, insert, literal, or_, select, update
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.functions import FunctionElement
+
+from shardgate.sql.dialect import Row, nbytes
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Sequence
+    from datetime import datetime
+
+    from sqlalchemy import ColumnElement, Table
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+    from shardgate.sql.dialect import Key
+    from shardgate.sql.schema import Tables
+
+    Decode = Callable[[str], Awaitable[object]]
+    """Gives the item, or raises :class:`Undecodable`."""
+
+_BATCH = 100
+
+
+class Undecodable(ValueError):
+    """A stored row is not an item: it was damaged, or written by something else."""
+
+
+class utc_now(FunctionElement[Any]):  # noqa: N801 - an SQL function, named as those are
+    """The database's clock: UTC, to the microsecond, without a zone."""
+
+    type = DateTime()
+    inherit_cache = True
+
+
+@compiles(utc_now, "postgresql")
+def _postgresql_now(element: utc_now, compiler: Any, **options: Any) -> str:
+    return "(clock_timestamp() AT TIME ZONE 'UTC')"
+
+
+@compiles(utc_now, "mysql")
+@compiles(utc_now, "mariadb")
+def _mysql_now(element: utc_now, compiler: Any, **options: Any) -> str:
+    return "UTC_TIMESTAMP(6)"
+
+
+@compiles(utc_now, "sqlite")
+def _sqlite_now(element: utc_now, compiler: Any, **options: Any) -> str:
+    return "strftime('%Y-%m-%d %H:%M:%f000', 'now')"
+
+
+@dataclass(frozen=True, slots=True)
+class Tail:
+    """The newest rows of a session, oldest first, as one statement saw them."""
+
+    incarnation: int | None
+    rows: tuple[Row, ...]
+    complete: bool
+    """Whether these are all of the session's rows."""
+
+
+@dataclass(frozen=True, slots=True)
+class SessionInfo:
+    """A stored session as a listing shows it. Times are UTC, without a zone, by the shard's clock.
+
+    ``updated_at`` is exact; the order of a listing follows a copy of it that is up to a minute old.
+    """
+
+    session_id: str
+    item_count: int
+    byte_count: int
+    created_at: datetime
+    updated_at: datetime
+    listed_at: datetime
+
+
+def _of(table: Table, key: Key) -> ColumnElement[bool]:
+    return and_(table.c.tenant_id == key.tenant_id, table.c.session_id == key.session_id)
+
+
+async def _lock(connection: AsyncConnection, tables: Tables, key: Key) -> Any | None:
+    """Lock the session's row and read it; None where there is no such session."""
+    sessions = tables.sessions
+    touch = update(sessions).where(_of(sessions, key)).values(revision=sessions.c.revision)
+    await connection.execute(touch)
+    return (await connection.execute(select(sessions).where(_of(sessions, key)))).one_or_none()
+
+
+async def _account(
+    connection: AsyncConnection, tables: Tables, key: Key, *, items: int, size: int, added: int = 0
+) -> None:
+    """Move the session's counters: ``items`` and ``size`` by what came less what went."""
+    sessions = tables.sessions
+    await connection.execute(
+        update(sessions)
+        .where(_of(sessions, key))
+        .values(
+            revision=sessions.c.revision + 1,
+            next_seq=sessions.c.next_seq + added,
+            item_count=sessions.c.item_count + items,
+            byte_count=sessions.c.byte_count + size,
+            updated_at=utc_now(),
+        )
+    )
+
+
+async def _remove(
+    connection: AsyncConnection, tables: Tables, key: Key, seqs: Sequence[int]
+) -> None:
+    messages = tables.messages
+    await connection.execute(
+        delete(messages).where(_of(messages, key), messages.c.seq.in_(list(seqs)))
+    )
+
+
+async def pop_decodable(
+    connection: AsyncConnection, tables: Tables, key: Key, decode: Decode
+) -> tuple[object | None, int]:
+    """Remove the newest row that ``decode`` can read; the rows that it cannot read stay.
+
+    Returns:
+        The item (None: there is none), and how many newer rows were passed over.
+    """
+    session = await _lock(connection, tables, key)
+    if session is None:
+        return None, 0
+    messages, before, passed = tables.messages, session.next_seq, 0
+    while True:
+        rows = await connection.execute(
+            select(messages.c.seq, messages.c.message_data, messages.c.nbytes)
+            .where(
+                _of(messages, key), messages.c.seq >= session.floor_seq, messages.c.seq < before
+            )
+            .order_by(messages.c.seq.desc())
+            .limit(_BATCH)
+        )
+        batch = rows.all()
+        for seq, data, size in batch:
+            try:
+                item = await decode(data)
+            except Undecodable:
+                passed += 1
+                continue
+            await _remove(connection, tables, key, [seq])
+            await _account(connection, tables, key, items=-1, size=-size)
+            return item, passed
+        if len(batch) < _BATCH:
+            return None, passed
+        before = batch[-1].seq
+
+
+async def read_tail(connection: AsyncConnection, tables: Tables, key: Key, limit: int) -> Tail:
+    """The newest ``limit`` rows with the incarnation that they belong to, in one statement."""
+    sessions, messages = tables.sessions, tables.messages
+    rows = await connection.execute(
+        select(sessions.c.incarnation, messages.c.seq, messages.c.message_data)
+        .join(
+            messages,
+            and_(
+                messages.c.tenant_id == sessions.c.tenant_id,
+                messages.c.session_id == sessions.c.session_id,
+                messages.c.seq >= sessions.c.floor_seq,
+            ),
+        )
+        .where(_of(sessions, key), _of(messages, key))
+        .order_by(messages.c.seq.desc())
+        .limit(limit + 1)
+    )
+    found = rows.all()
+    return Tail(
+        incarnation=found[0].incarnation if found else None,
+        rows=tuple(Row(row.seq, row.message_data) for row in reversed(found[:limit])),
+        complete=len(found) <= limit,
+    )
+
+
+async def replace_tail(
+    connection: AsyncConnection,
+    tables: Tables,
+    key: Key,
+    *,
+    incarnation: int | None,
+    expected: Sequence[int],
+    items: Sequence[str],
+    prune: Decode | None,
+) -> bool:
+    """Put ``items`` in the place of the rows ``expected``, if these are still the newest.
+
+    ``prune`` decides about the rows before them, oldest first: while it gives something true, the
+    row goes; the first that stays ends it.
+
+    Returns:
+        False, with nothing changed, where the session was changed or made anew meanwhile:
+        (incarnation, seq) never changes its content, so equal numbers are equal rows.
+    """
+    session = await _lock(connection, tables, key)
+    if session is None or session.incarnation != incarnation:
+        return False
+    messages = tables.messages
+    present = and_(_of(messages, key), messages.c.seq >= session.floor_seq)
+    rows = await connection.execute(
+        select(messages.c.seq, messages.c.nbytes)
+        .where(present)
+        .order_by(messages.c.seq.desc())
+        .limit(len(expected))
+    )
+    current = rows.all()[::-1]
+    if [row.seq for row in current] != list(expected):
+        return False
+    removed = [(row.seq, row.nbytes) for row in current]
+    if prune is not None:
+        removed += await _prunable(connection, tables, present, expected[0], prune)
+    for start in range(0, len(removed), _BATCH):
+        await _remove(connection, tables, key, [seq for seq, _ in removed[start : start + _BATCH]])
+    await _insert(connection, tables, key, session.next_seq, items)
+    size = sum(map(nbytes, items)) - sum(size for _, size in removed)
+    await _account(
+        connection, tables, key, items=len(items) - len(removed), size=size, added=len(items)
+    )
+    return True
+
+
+async def _prunable(
+    connection: AsyncConnection,
+    tables: Tables,
+    present: ColumnElement[bool],
+    before: int,
+    prune: Decode,
+) -> list[tuple[int, int]]:
+    messages, after = tables.messages, 0
+    chosen: list[tuple[int, int]] = []
+    while True:
+        rows = await connection.execute(
+            select(messages.c.seq, messages.c.message_data, messages.c.nbytes)
+            .where(present, messages.c.seq < before, messages.c.seq > after)
+            .order_by(messages.c.seq)
+            .limit(_BATCH)
+        )
+        batch = rows.all()
+        for seq, data, size in batch:
+            try:
+                if not await prune(data):
+                    return chosen
+            except Undecodable:
+                return chosen
+            chosen.append((seq, size))
+        if len(batch) < _BATCH:
+            return chosen
+        after = batch[-1].seq
+
+
+async def _insert(
+    connection: AsyncConnection, tables: Tables, key: Key, first: int, items: Sequence[str]
+) -> None:
+    if not items:
+        return
+    await connection.execute(
+        insert(tables.messages).values(created_at=utc_now()),
+        [
+            {
+                "tenant_id": key.tenant_id,
+                "session_id": key.session_id,
+                "seq": first + place,
+                "message_data": item,
+                "nbytes": nbytes(item),
+            }
+            for place, item in enumerate(items)
+        ],
+    )
+
+
+async def delete_session(connection: AsyncConnection, tables: Tables, key: Key) -> bool:
+    """Remove the session with everything in it; its ops stay until their time is over.
+
+    The row's lock comes first: an append that holds it commits before, and its items are removed
+    too; one that waits for it finds no session and makes a new incarnation.
+    """
+    if await _lock(connection, tables, key) is None:
+        return False
+    for table in (tables.messages, tables.sessions):
+        await connection.execute(delete(table).where(_of(table, key)))
+    return True
+
+
+async def list_sessions(
+    connection: AsyncConnection,
+    tables: Tables,
+    tenant_id: str,
+    *,
+    limit: int,
+    after: tuple[datetime, str] | None,
+) -> list[SessionInfo]:
+    """A page of a tenant's sessions, newest ``listed_at`` first, then by id downwards."""
+    sessions = tables.sessions
+    statement = select(
+        sessions.c.session_id,
+        sessions.c.item_count,
+        sessions.c.byte_count,
+        sessions.c.created_at,
+        sessions.c.updated_at,
+        sessions.c.listed_at,
+    ).where(sessions.c.tenant_id == tenant_id)
+    if after is not None:
+        listed_at, session_id = after
+        statement = statement.where(
+            sessions.c.listed_at <= listed_at,
+            or_(sessions.c.listed_at < listed_at, sessions.c.session_id < session_id),
+        )
+    statement = statement.order_by(sessions.c.listed_at.desc(), sessions.c.session_id.desc())
+    rows = await connection.execute(statement.limit(limit))
+    return [SessionInfo(*row) for row in rows]
+
+
+async def count_sessions(connection: AsyncConnection, tables: Tables) -> int:
+    """How many sessions this shard holds."""
+    return int(
+        (await connection.execute(select(func.count(literal(1))).select_from(tables.sessions)))
+        .scalar_one()
+    )
