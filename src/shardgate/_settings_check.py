@@ -70,7 +70,7 @@ class Draft:
         self._check_databases_differ()
 
     def add(self, route: sources.Route, text: str) -> None:
-        self.problems.append(f"{self.given.name(route)}: {text}")
+        self.problems.append(f"{self.given.place(route)}: {text}")
 
     def accept(self, route: sources.Route, make: Callable[..., Model]) -> Model | None:
         """Make a part of the values at ``route``, or note what is wrong with them."""
@@ -122,7 +122,7 @@ class Draft:
     def _check_shards_exist(self) -> None:
         # A mistake in reading may have hidden the shards.
         if not self.raw_shards and not self.problems:
-            self.add(("shards", "<name>", "url"), "there is no shard; give at least one its URL")
+            self.add(("shards", "NAME", "url"), "there is no shard; give at least one its URL")
 
     def _default_keyspace(self) -> object:
         name = folded(self.given.tree.get("default_keyspace", ""))
@@ -192,6 +192,6 @@ class Draft:
             if other != name:
                 self.add(
                     ("shards", name, "url"),
-                    f"is the same database as {self.given.name(('shards', other, 'url'))}; "
+                    f"is the same database as {self.given.place(('shards', other, 'url'))}; "
                     "each shard needs a database, or on PostgreSQL a schema, of its own",
                 )

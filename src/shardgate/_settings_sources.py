@@ -36,6 +36,7 @@ SERVICE = re.compile(
 )
 
 Route = tuple[str, ...]
+Form = Literal["variable", "file", "table"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,7 +91,7 @@ GATEWAY = Shape(
 class Origin:
     """A variable, a secret file, a TOML file or the arguments, and how settings are named there."""
 
-    form: Literal["variable", "file", "table"] = "table"
+    form: Form = "table"
     written: str = ""
     route: Route = ()
     where: str = ""
@@ -102,10 +103,13 @@ class Origin:
     def name(self, route: Route) -> str:
         """The setting at ``route``, as somebody would write it in this source."""
         if not self.written or route[: len(self.route)] != self.route[: len(route)]:
-            return self._spell(route) + self.where
+            return self._spell(route)
         rest = route[len(self.route) :]
-        inner = f" ({_dotted(rest)})" if rest else ""
-        return self.written + self.where + inner
+        return f"{self.written} ({_dotted(rest)})" if rest else self.written
+
+    def place(self, route: Route) -> str:
+        """The setting at ``route`` and where it was found: the beginning of a problem's line."""
+        return self.name(route) + self.where
 
     def _spell(self, route: Route) -> str:
         if self.form == "variable":
@@ -125,13 +129,13 @@ class Source:
     origins: dict[Route, Origin] = field(default_factory=dict, repr=False)
     problems: list[str] = field(default_factory=list)
 
-    def name(self, route: Route) -> str:
+    def place(self, route: Route) -> str:
         """Name a setting, given or missing, in the form of the nearest one that was given."""
         for length in range(len(route), -1, -1):
             origin = self.origins.get(route[:length])
             if origin is not None:
-                return origin.name(route)
-        return Origin(form="variable").name(route)
+                return origin.place(route)
+        return Origin(form="variable").place(route)
 
     def enter(
         self,
@@ -157,7 +161,7 @@ class Source:
         key, is_table = route[-1], shape.is_table(value)
         present = node.get(key)
         if key in node and not (is_table and isinstance(present, dict)):
-            first, second = self.name(route), origin.name(route)
+            first, second = self.place(route), origin.place(route)
             self.problems.append(f"{second}: is given twice (see {first}); remove one of them")
         elif not is_table:
             node[key] = value
@@ -178,16 +182,16 @@ class Source:
             wanted = "one JSON object, without repeated keys and without quotes around it"
         if len(route) == 2 and route[0] == "shards" and origin.is_text:
             hint = f"; for the shard's URL alone use {origin.name(route)}__URL"
-        self.problems.append(f"{origin.name(route)}: must be {wanted}{hint}")
+        self.problems.append(f"{origin.place(route)}: must be {wanted}{hint}")
         return None
 
     def _key(self, written: object, shape: Shape, route: Route, origin: Origin) -> str | None:
         """The key as the settings know it, or None after the problem has been noted."""
         if not isinstance(written, str):
-            self.problems.append(f"{origin.name(route)}: has a key that is no text")
+            self.problems.append(f"{origin.place(route)}: has a key that is no text")
             return None
         key = written.lower() if shape.folds else written
-        here = origin.name((*route, key))
+        here = origin.place((*route, key))
         if shape.names and (not NAME.fullmatch(key) or len(key) > NAME_LENGTH):
             self.problems.append(f"{here}: is no valid name; names are made of {NAME_RULE}")
             return None
@@ -267,12 +271,12 @@ def _is_foreign(written: str, variables: Mapping[str, str | None]) -> bool:
 
 def _enter_text(source: Source, origin: Origin, value: str | None) -> None:
     if value is None:
-        source.problems.append(f"{origin.name(origin.route)}: has no value")
+        source.problems.append(f"{origin.place(origin.route)}: has no value")
         return
     top, *nested = origin.route
     if top == "tenants" and nested:
         source.problems.append(
-            f"{origin.name(origin.route)}: tenant ids are case-sensitive and cannot be part of a "
+            f"{origin.place(origin.route)}: tenant ids are case-sensitive and cannot be part of a "
             f"name; write one JSON object in {Origin(form=origin.form).name(('tenants',))}"
         )
         return
@@ -298,7 +302,8 @@ def from_secrets(directory: Path, named_by: str) -> Source:
         prefixed = route[0].startswith(PREFIX.lower())
         if prefixed:
             route = (route[0][len(PREFIX) :], *route[1:])
-        origin = Origin(form="file", written=written, route=route, where=" (secret file)")
+        form: Form = "variable" if prefixed and "/" not in written else "file"
+        origin = Origin(form=form, written=written, route=route, where=" (secret file)")
         if prefixed or route[0] in GATEWAY.fields or _is_misspelt_folder(route):
             _enter_secret(source, origin, path)
     return source
@@ -322,7 +327,7 @@ def _is_misspelt_folder(route: Route) -> bool:
 def _enter_secret(source: Source, origin: Origin, path: Path) -> None:
     text = _text(path)
     if text is None:
-        source.problems.append(f"{origin.name(origin.route)}: cannot be read as UTF-8 text")
+        source.problems.append(f"{origin.place(origin.route)}: cannot be read as UTF-8 text")
     else:
         _enter_text(source, origin, text.rstrip("\r\n"))
 
