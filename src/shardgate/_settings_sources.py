@@ -296,17 +296,31 @@ def from_secrets(directory: Path, named_by: str) -> Source:
     if not directory.is_dir():
         source.problems.append(f'{named_by}: there is no directory "{directory}"')
         return source
-    for path in _secret_files(directory, DEEPEST):
-        written = path.relative_to(directory).as_posix()
-        route = tuple(step for part in written.split("/") for step in part.lower().split("__"))
-        prefixed = route[0].startswith(PREFIX.lower())
-        if prefixed:
-            route = (route[0][len(PREFIX) :], *route[1:])
-        form: Form = "variable" if prefixed and "/" not in written else "file"
-        origin = Origin(form=form, written=written, route=route, where=" (secret file)")
-        if prefixed or route[0] in GATEWAY.fields or _is_misspelt_folder(route):
-            _enter_secret(source, origin, path)
+    try:
+        paths = list(_secret_files(directory, DEEPEST))
+    except OSError:
+        source.problems.append(f'{named_by}: the directory "{directory}" cannot be read')
+        return source
+    for path in paths:
+        _enter_secret(source, directory, path)
     return source
+
+
+def _enter_secret(source: Source, directory: Path, path: Path) -> None:
+    written = path.relative_to(directory).as_posix()
+    route = tuple(step for part in written.split("/") for step in part.lower().split("__"))
+    prefixed = route[0].startswith(PREFIX.lower())
+    if prefixed:
+        route = (route[0][len(PREFIX) :], *route[1:])
+    elif route[0] not in GATEWAY.fields and not _is_misspelt_folder(route):
+        return
+    form: Form = "variable" if prefixed and "/" not in written else "file"
+    origin = Origin(form=form, written=written, route=route, where=" (secret file)")
+    text = _text(path)
+    if text is None:
+        source.problems.append(f"{origin.place(route)}: cannot be read as UTF-8 text")
+    else:
+        _enter_text(source, origin, text.rstrip("\r\n"))
 
 
 def _secret_files(directory: Path, depth: int) -> Iterator[Path]:
@@ -322,14 +336,6 @@ def _secret_files(directory: Path, depth: int) -> Iterator[Path]:
 
 def _is_misspelt_folder(route: Route) -> bool:
     return len(route) > 1 and near(route[0], GATEWAY.fields) is not None
-
-
-def _enter_secret(source: Source, origin: Origin, path: Path) -> None:
-    text = _text(path)
-    if text is None:
-        source.problems.append(f"{origin.place(origin.route)}: cannot be read as UTF-8 text")
-    else:
-        _enter_text(source, origin, text.rstrip("\r\n"))
 
 
 def _text(path: Path) -> str | None:

@@ -119,6 +119,12 @@ def test_the_widest_tenant_id_is_accepted() -> None:
     assert made(tenants=tenants).tenants == tenants
 
 
+@pytest.mark.parametrize("model", [KeyspaceSettings, ShardSettings])
+def test_a_part_refuses_what_it_does_not_know(model: type[Any]) -> None:
+    with pytest.raises(ValidationError, match="xyzzy"):
+        model(url=POSTGRESQL, xyzzy=1) if model is ShardSettings else model(xyzzy=1)
+
+
 # -- sources
 
 
@@ -228,6 +234,7 @@ def test_a_secrets_directory_as_kubernetes_mounts_it(monkeypatch: pytest.MonkeyP
     Path("secrets/..data").symlink_to("..2024_01")
     Path("secrets/shards").symlink_to("..data/shards")
     Path("secrets/SHARDGATE_TABLE_PREFIX").symlink_to("..data/SHARDGATE_TABLE_PREFIX")
+    write("secrets/..2024_01/shards/a/..leftover", "hunter2")
     write("secrets/other_program_password", "hunter2")
     monkeypatch.setenv("SHARDGATE_SECRETS_DIR", "secrets")
     assert GatewaySettings().table_prefix == "mounted_"

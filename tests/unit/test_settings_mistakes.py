@@ -392,6 +392,17 @@ def test_the_file_of_a_variable_that_is_missing(monkeypatch: pytest.MonkeyPatch)
     ]
 
 
+def test_a_directory_that_may_not_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: Path) -> None:
+        raise PermissionError
+
+    Path("secrets").mkdir()
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    assert problems_around(_secrets_dir="secrets", shards=one(a=MEMORY)) == [
+        'SHARDGATE_SECRETS_DIR: the directory "secrets" cannot be read'
+    ]
+
+
 def test_broken_toml_tells_the_line_and_does_not_quote_it() -> None:
     Path("c.toml").write_text('[shards.a]\nurl = "hunter2\n')
     (problem,) = problems_around(_config_file="c.toml")
