@@ -182,6 +182,42 @@ class StoredSession(ABC):
         return None if settings is None else settings.limit
 
 
+@dataclass(frozen=True, slots=True)
+class SessionKey:
+    """The two ids of a gateway's session."""
+
+    tenant_id: str
+    session_id: str
+
+
+class GatewaySession(StoredSession):
+    """One conversation of one tenant. Made by ``gateway.tenant(...).session(...)``.
+
+    ``session_id`` is both ids, as "tenant/session": whatever derives something of it, such as the
+    key of the SDK's ``EncryptedSession``, derives another for each tenant. ``key`` has them apart.
+    """
+
+    def __init__(
+        self,
+        tenant_id: str,
+        session_id: str,
+        *,
+        locate: Callable[[str, str], Awaitable[tuple[Store, Key]]],
+        session_settings: SessionSettings | dict[str, Any] | None = None,
+        ensure_ascii: bool = True,
+    ) -> None:
+        super().__init__(session_settings=session_settings, ensure_ascii=ensure_ascii)
+        self.key = SessionKey(tenant_id, check_session_id(session_id))
+        self.session_id = f"{tenant_id}/{session_id}"
+        self._find = locate
+
+    def __repr__(self) -> str:
+        return f"GatewaySession({self.session_id!r})"
+
+    async def _locate(self) -> tuple[Store, Key]:
+        return await self._find(self.key.tenant_id, self.key.session_id)
+
+
 class SQLAlchemySession(StoredSession):
     """A session on one database, without tenants: the drop-in for the SDK's class of this name.
 

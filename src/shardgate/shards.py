@@ -85,6 +85,16 @@ class Database:
             grace=CANCELLED_SECONDS,
         )
 
+    async def query(self, action: Callable[[AsyncConnection], Awaitable[T]]) -> T:
+        """Run ``action``, which only reads, on a SQLAlchemy connection."""
+        return await settle(
+            self._run(lambda attempt: self._query(action), writes=False), grace=CANCELLED_SECONDS
+        )
+
+    async def _query(self, action: Callable[[AsyncConnection], Awaitable[T]]) -> T:
+        async with self._only_user(), self.engine.connect() as connection:
+            return await action(connection)
+
     async def ready(self, *, create: bool) -> None:
         """Create the tables if asked, and refuse those of somebody else; once per engine.
 

@@ -103,6 +103,13 @@ def session_hash(tenant_id: str, session_id: str, *, slots: int, spread: int | N
     return (home & ~low_bits) | (h & low_bits)
 
 
+def tenant_slots(tenant_id: str, *, slots: int, spread: int | None) -> frozenset[int] | None:
+    """Return the slots that a tenant's sessions can be in; None stands for all of them."""
+    if spread is None:
+        return None
+    return frozenset(slot_of(_bucket_hash(tenant_id, bucket), slots) for bucket in range(spread))
+
+
 def slot_of(h: int, slots: int) -> int:
     """Return the slot of an unsigned ``h``: its top log2(slots) bits."""
     return h >> _slot_shift(slots)

@@ -122,13 +122,11 @@ class Store:
 
     async def delete(self, key: Key) -> bool:
         """Remove the session; whether there was one."""
-        return await self.database.transact(self._transaction(transactions.delete_session, key))
+        return await self.database.transact(self._bound(transactions.delete_session, key))
 
     async def tail(self, key: Key, limit: int) -> Tail:
         """The newest ``limit`` rows with their numbers, to be replaced by :meth:`replace`."""
-        return await self.database.transact(
-            self._transaction(transactions.read_tail, key, limit)
-        )
+        return await self.database.query(self._bound(transactions.read_tail, key, limit))
 
     async def replace(
         self,
@@ -144,7 +142,7 @@ class Store:
         if not expected:
             return False
         return await self.database.transact(
-            self._transaction(
+            self._bound(
                 transactions.replace_tail,
                 key,
                 incarnation=tail.incarnation,
@@ -158,11 +156,11 @@ class Store:
         self, tenant_id: str, *, limit: int, after: tuple[datetime, str] | None
     ) -> list[SessionInfo]:
         """The tenant's next ``limit`` sessions on this database, most recently used first."""
-        return await self.database.transact(
-            self._transaction(transactions.list_sessions, tenant_id, limit=limit, after=after)
+        return await self.database.query(
+            self._bound(transactions.list_sessions, tenant_id, limit=limit, after=after)
         )
 
-    def _transaction(self, act: Callable[..., Awaitable[Any]], *arguments: Any, **options: Any) -> Any:
+    def _bound(self, act: Callable[..., Awaitable[Any]], *arguments: Any, **options: Any) -> Any:
         return lambda connection: act(connection, self.database.tables, *arguments, **options)
 
 

@@ -1,0 +1,369 @@
+"""The gateway: where everything is put together, and the door that platforms come in by."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from functools import partial
+from time import perf_counter
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Self
+
+from sqlalchemy import text
+
+from shardgate.engines import make_engine
+from shardgate.errors import ShardgateError, ShardUnavailable, UsageError
+from shardgate.listing import SessionPage, check_limit, merge, read_cursor, write_cursor
+from shardgate.router import Route, route
+from shardgate.session import GatewaySession
+from shardgate.settings import GatewaySettings
+from shardgate.shards import Shard
+from shardgate.slotmap import Plan, create, load, read_record
+from shardgate.slots import check_session_id, check_tenant_id, tenant_slots
+from shardgate.sql.dialect import Key
+from shardgate.sql.schema import TableNames, build_tables
+from shardgate.store import Store
+from shardgate.topology import Topology
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+
+    from sqlalchemy import URL
+    from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+    from shardgate.sql.transactions import SessionInfo
+    from shardgate.topology import KeyspaceMap
+
+    from agents.memory import SessionSettings
+
+    EngineFactory = Callable[[str, URL, dict[str, Any]], AsyncEngine]
+    """Makes a shard's engine from its name, its URL and its engine options."""
+
+
+@dataclass(frozen=True, slots=True)
+class ShardHealth:
+    """How a shard is. ``latency`` is of one round trip, in seconds; ``slots`` those it owns."""
+
+    name: str
+    keyspace: str
+    reachable: bool
+    server: str | None = None
+    latency: float | None = None
+    slots: int | None = None
+    error: str | None = None
+
+    @property
+    def ok(self) -> bool:
+        """Whether the shard serves."""
+        return self.error is None
+
+
+@dataclass(frozen=True, slots=True)
+class HealthReport:
+    """How the shards are, by name."""
+
+    shards: Mapping[str, ShardHealth]
+
+    @property
+    def ok(self) -> bool:
+        """Whether every shard serves."""
+        return all(shard.ok for shard in self.shards.values())
+
+
+class Gateway:
+    """Sessions of many tenants over the shards that the settings name.
+
+    Use it with ``async with``, or just use it: it opens itself at the first operation, and
+    ``aclose`` closes it. It belongs to the event loop of its first operation. Shards that are down
+    are no obstacle to opening it; only their own sessions fail.
+    """
+
+    def __init__(
+        self,
+        settings: GatewaySettings,
+        *,
+        engines: Mapping[str, AsyncEngine] | None = None,
+        engine_factory: EngineFactory | None = None,
+    ) -> None:
+        """Put a gateway together; no I/O.
+
+        Args:
+            settings: which shards there are, and everything else.
+            engines: engines to use for shards, by name. They are never closed here.
+            engine_factory: makes the engines of the other shards; these are closed here.
+
+        Raises:
+            UsageError: an engine is for no shard, or of a driver that is not supported.
+        """
+        self.settings = settings
+        engines = dict(engines or {})
+        if unknown := sorted(engines.keys() - settings.shards.keys()):
+            raise UsageError(f"engines names {', '.join(unknown)}, which the settings do not have")
+        factory = engine_factory or (lambda _name, url, options: make_engine(url, options))
+        self._own_engines: list[AsyncEngine] = []
+        self._shards: dict[str, Shard] = {}
+        for name, shard in settings.shards.items():
+            engine = engines.get(name)
+            if engine is None:
+                engine = factory(name, shard.parsed_url, settings.engine_options(name))
+                self._own_engines.append(engine)
+            names = TableNames.gateway(settings.table_prefix)
+            tables = build_tables(names, schema=shard.schema_)
+            deadline = settings.operation_deadline
+            self._shards[name] = Shard(name, engine, tables, deadline=deadline)
+        self._stores = {name: Store(shard) for name, shard in self._shards.items()}
+        self._topology = Topology({})
+        self._loading = asyncio.Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._closed = False
+
+    @classmethod
+    def from_env(cls, **options: Any) -> Self:
+        """A gateway of the environment's settings; ``options`` as for the constructor."""
+        return cls(GatewaySettings(), **options)
+
+    @property
+    def shards(self) -> Mapping[str, Shard]:
+        """The shards by name; each has its ``engine``."""
+        return MappingProxyType(self._shards)
+
+    async def __aenter__(self) -> Self:
+        await self.open()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+    async def open(self) -> None:
+        """Learn who owns what from the shards that answer; the rest is learnt when it is needed.
+
+        Raises:
+            OperatorError: a keyspace was not created, or its shards contradict each other.
+        """
+        self._check_use()
+        keyspaces = self.settings.keyspaces
+        answers = await asyncio.gather(*map(self._map, keyspaces), return_exceptions=True)
+        for answer in answers:
+            if isinstance(answer, BaseException) and not isinstance(answer, ShardUnavailable):
+                raise answer
+
+    async def aclose(self) -> None:
+        """Close the engines that were made here. The gateway cannot be used again."""
+        self._closed = True
+        await asyncio.gather(*(engine.dispose() for engine in self._own_engines))
+
+    async def create_tables(self) -> None:
+        """Create the tables and the keyspaces of the settings, or what is missing of them.
+
+        Safe to run at any time and by many processes at once.
+
+        Raises:
+            ShardUnavailable: a shard does not answer; run it again.
+            OwnershipConflict: a shard is of another keyspace.
+        """
+        self._check_use()
+        for keyspace in self.settings.keyspaces:
+            plan = self._plan(keyspace)
+            await create(plan, self._shards_of(keyspace))
+            self._learn(await load(plan, self._shards_of(keyspace)))
+
+    def tenant(self, tenant_id: str, *, keyspace: str | None = None) -> Tenant:
+        """A tenant, in its keyspace: the one given, else the one that the settings say.
+
+        Raises:
+            UsageError: the id is not one, or there is no such keyspace.
+            TenantRefused: the settings have no keyspace for this tenant.
+        """
+        tenant_id = check_tenant_id(tenant_id)
+        if keyspace is None:
+            keyspace = self.settings.keyspace_of(tenant_id)
+        self.settings.keyspace(keyspace)
+        return Tenant(self, tenant_id, keyspace)
+
+    def route(self, tenant_id: str, session_id: str, *, keyspace: str | None = None) -> Route:
+        """Where a session lives, by what has been learnt so far; no I/O.
+
+        Raises:
+            UsageError: an id is not one, or the gateway has not been opened.
+        """
+        tenant = self.tenant(tenant_id, keyspace=keyspace)
+        return route(self._topology, tenant.keyspace, tenant_id, check_session_id(session_id))
+
+    async def check(self) -> HealthReport:
+        """Ask every shard how it is, all at the same time."""
+        self._check_use()
+        answers = await asyncio.gather(*map(self._check_shard, self._shards.values()))
+        return HealthReport(MappingProxyType({answer.name: answer for answer in answers}))
+
+    async def _check_shard(self, shard: Shard) -> ShardHealth:
+        health = partial(ShardHealth, shard.name, self.settings.shards[shard.name].keyspace)
+        try:
+            server, latency = await shard.query(_measure)
+        except ShardgateError as error:
+            return health(reachable=False, error=str(error))
+        known = partial(health, reachable=True, server=server, latency=latency)
+        try:
+            record = await read_record(shard)
+        except ShardgateError as error:
+            return known(error=str(error))
+        if record is None:
+            return known(error=f"shard {shard.name!r} has no tables yet")
+        owned = sum(row.owner == record.identity.shard_uuid for row in record.rows)
+        return known(slots=owned)
+
+    def _plan(self, keyspace: str) -> Plan:
+        shape = self.settings.keyspace(keyspace)
+        weights = {name: shard.weight for name, shard in self.settings.shards_of(keyspace).items()}
+        return Plan(keyspace, shape.slots, shape.spread, weights)
+
+    def _shards_of(self, keyspace: str) -> dict[str, Shard]:
+        return {name: self._shards[name] for name in self.settings.shards_of(keyspace)}
+
+    def _learn(self, known: KeyspaceMap) -> None:
+        self._topology = self._topology.with_keyspace(known)
+
+    async def _map(self, keyspace: str) -> KeyspaceMap:
+        """The keyspace's map: as known, or learnt now."""
+        if keyspace not in self._topology.keyspaces:
+            async with self._loading:
+                if keyspace not in self._topology.keyspaces:
+                    await self._load(keyspace)
+        return self._topology.keyspaces[keyspace]
+
+    async def _load(self, keyspace: str) -> None:
+        plan, shards = self._plan(keyspace), self._shards_of(keyspace)
+        if self.settings.create_tables:
+            try:
+                await create(plan, shards)
+            except ShardUnavailable:
+                # Where the keyspace exists, the shards that answer are enough to serve.
+                self._learn(await load(plan, shards))
+                return
+        self._learn(await load(plan, shards))
+
+    async def _locate(self, keyspace: str, tenant_id: str, session_id: str) -> tuple[Store, Key]:
+        """The store that a session lives in, and its key there."""
+        self._check_use()
+        await self._map(keyspace)
+        where = route(self._topology, keyspace, tenant_id, session_id)
+        return self._stores[where.shard], Key(tenant_id, session_id, where.h)
+
+    async def _stores_of(self, keyspace: str, tenant_id: str) -> dict[str, Store]:
+        """The stores that can hold sessions of a tenant."""
+        self._check_use()
+        known = await self._map(keyspace)
+        slots = tenant_slots(tenant_id, slots=known.slots, spread=known.spread)
+        owners: Iterable[str] = known.owners
+        if slots is not None:
+            owners = (known.owner(slot) for slot in slots)
+        return {name: self._stores[name] for name in sorted(set(owners))}
+
+    def _check_use(self) -> None:
+        if self._closed:
+            raise UsageError("the gateway has been closed")
+        loop = asyncio.get_running_loop()
+        if self._loop is None:
+            self._loop = loop
+        if self._loop is not loop:
+            raise UsageError(
+                "a gateway belongs to one event loop, and this is another one: make a gateway for "
+                "each event loop"
+            )
+
+
+async def _measure(connection: AsyncConnection) -> tuple[str, float]:
+    """The server's version, and how long it takes to answer."""
+    await connection.execute(text("SELECT 1"))
+    began = perf_counter()
+    await connection.execute(text("SELECT 1"))
+    latency = perf_counter() - began
+    version = ".".join(map(str, connection.dialect.server_version_info or ()))
+    return f"{connection.dialect.name} {version}", latency
+
+
+class Tenant:
+    """One tenant of a gateway. Nothing that can be reached from here is another tenant's."""
+
+    def __init__(self, gateway: Gateway, tenant_id: str, keyspace: str) -> None:
+        self._gateway = gateway
+        self.tenant_id = tenant_id
+        self.keyspace = keyspace
+
+    def __repr__(self) -> str:
+        return f"Tenant({self.tenant_id!r}, keyspace={self.keyspace!r})"
+
+    def session(
+        self,
+        session_id: str,
+        *,
+        session_settings: SessionSettings | dict[str, Any] | None = None,
+        ensure_ascii: bool = True,
+    ) -> GatewaySession:
+        """A session of this tenant, to be handed to ``Runner.run``; no I/O.
+
+        Raises:
+            UsageError: the id is not one.
+        """
+        return GatewaySession(
+            self.tenant_id,
+            session_id,
+            locate=partial(self._gateway._locate, self.keyspace),
+            session_settings=session_settings,
+            ensure_ascii=ensure_ascii,
+        )
+
+    async def list_sessions(
+        self, *, limit: int = 50, cursor: str | None = None, allow_partial: bool = False
+    ) -> SessionPage:
+        """A page of at most ``limit`` (1 to 1000) sessions, most recently used first.
+
+        Args:
+            limit: how many at most.
+            cursor: the page before's ``next_cursor``.
+            allow_partial: return what the shards that answer have, and name the others.
+
+        Raises:
+            UsageError: the limit or the cursor is not one.
+            ShardUnavailable: a shard does not answer, and ``allow_partial`` is not set.
+        """
+        limit = check_limit(limit)
+        after = None if cursor is None else read_cursor(self.tenant_id, self.keyspace, cursor)
+        stores = await self._gateway._stores_of(self.keyspace, self.tenant_id)
+        pages, unavailable = await self._pages(stores, limit + 1, after, partial_=allow_partial)
+        found = merge(pages, limit + 1)
+        more = len(found) > limit
+        return SessionPage(
+            sessions=found[:limit],
+            next_cursor=(
+                write_cursor(self.tenant_id, self.keyspace, found[limit - 1]) if more else None
+            ),
+            unavailable_shards=unavailable,
+        )
+
+    async def _pages(
+        self, stores: Mapping[str, Store], limit: int, after: Any, *, partial_: bool
+    ) -> tuple[list[list[SessionInfo]], tuple[str, ...]]:
+        answers = await asyncio.gather(
+            *(store.page(self.tenant_id, limit=limit, after=after) for store in stores.values()),
+            return_exceptions=True,
+        )
+        pages, unavailable = [], []
+        for name, answer in zip(stores, answers, strict=True):
+            if isinstance(answer, ShardUnavailable) and partial_:
+                unavailable.append(name)
+            elif isinstance(answer, BaseException):
+                raise answer
+            else:
+                pages.append(answer)
+        return pages, tuple(unavailable)
+
+    async def delete_session(self, session_id: str) -> bool:
+        """Remove a session with all its items; whether there was one.
+
+        Raises:
+            UsageError: the id is not one.
+            ShardUnavailable: its shard does not answer.
+        """
+        session_id = check_session_id(session_id)
+        store, key = await self._gateway._locate(self.keyspace, self.tenant_id, session_id)
+        return await store.delete(key)
