@@ -129,7 +129,8 @@ def shared_engine(url: str, engine_kwargs: dict[str, Any]) -> AsyncEngine:
         _drop_closed_loops()
         engines = _shared.setdefault(_shared_key(url, engine_kwargs), _Shared()).by_loop
         if loop not in engines:
-            engines[loop] = engines.pop(None, None) or make_engine(url, engine_kwargs)
+            early = engines.pop(None) if None in engines else None
+            engines[loop] = make_engine(url, engine_kwargs) if early is None else early
         return engines[loop]
 
 

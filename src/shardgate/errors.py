@@ -15,7 +15,7 @@
         ├── KeyspaceNotCreated          the shards hold no slot map yet
         └── OwnershipConflict           two shards claim a slot, or a shard is of another keyspace
 
-Errors carry fields (``shard``, ``tenant``, ``keyspace``) and never a URL: a URL has a password in it.
+Errors carry fields (``shard``, ``tenant``, ``keyspace``) and never a URL, which has a password.
 """
 
 from __future__ import annotations

@@ -28,13 +28,12 @@ from shardgate.topology import Topology
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
+    from agents.memory import SessionSettings
     from sqlalchemy import URL
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
     from shardgate.sql.transactions import SessionInfo
     from shardgate.topology import KeyspaceMap
-
-    from agents.memory import SessionSettings
 
     EngineFactory = Callable[[str, URL, dict[str, Any]], AsyncEngine]
     """Makes a shard's engine from its name, its URL and its engine options."""

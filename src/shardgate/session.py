@@ -19,12 +19,11 @@ from shardgate.shards import Database
 from shardgate.slots import check_session_id, hash_key, to_signed
 from shardgate.sql.dialect import Key
 from shardgate.sql.schema import STANDALONE_TENANT, TableNames, build_tables
-from shardgate.sql.transactions import Undecodable
+from shardgate.sql.transactions import UndecodableError
 from shardgate.store import Codec, Store
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
-
     from typing import Self
 
     from agents.items import TResponseInputItem
@@ -73,7 +72,7 @@ class StoredSession(ABC):
 
     @property
     def session_settings(self) -> SessionSettings | None:
-        """The session's defaults. A dict becomes the SDK's ``SessionSettings`` once it is loaded."""
+        """The session's defaults; a dict becomes the SDK's class once the SDK is loaded."""
         if isinstance(self._session_settings, dict):
             self._session_settings = _as_sdk_settings(self._session_settings)
         return self._session_settings  # type: ignore[return-value]  # a dict only without the SDK
@@ -128,7 +127,7 @@ class StoredSession(ABC):
         Two calls at once never return the same item. A row that cannot be decoded stays.
         """
         store, key = await self._locate()
-        return await store.pop(key, self._codec)  # type: ignore[no-any-return]
+        return await store.pop(key, self._codec)
 
     async def clear_session(self, *, wrapper: object = None) -> None:
         """Remove every item."""
@@ -167,7 +166,7 @@ class StoredSession(ABC):
         for place, row in enumerate(tail.rows):
             try:
                 items.append(await self._codec.item(row.data))
-            except Undecodable:
+            except UndecodableError:
                 items, first = [], place + 1
         return items, first
 
@@ -319,7 +318,9 @@ def _checked_settings(
     if isinstance(settings, dict):
         unknown = sorted(set(settings) - {"limit"})
         if unknown:
-            raise UsageError(f"session_settings has no {', '.join(map(repr, unknown))}; it has 'limit'")
+            raise UsageError(
+                f"session_settings has no {', '.join(map(repr, unknown))}; it has 'limit'"
+            )
         _checked_limit(settings.get("limit"))
         return _as_sdk_settings(settings)
     if settings is not None and not hasattr(settings, "limit"):

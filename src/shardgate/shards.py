@@ -232,7 +232,8 @@ class Database:
             yield
             return
         async with self.state.lock("single connection"):
-            while not self.state.single_connection.acquire(blocking=False):
+            # No event of this loop tells that another loop's thread let go.
+            while not self.state.single_connection.acquire(blocking=False):  # noqa: ASYNC110
                 await asyncio.sleep(_POLL)
             try:
                 yield

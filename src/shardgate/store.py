@@ -8,11 +8,10 @@ from __future__ import annotations
 import logging
 import secrets
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from shardgate.sql import transactions
-from shardgate.sql.transactions import Undecodable
+from shardgate.sql.transactions import UndecodableError
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -39,12 +38,12 @@ class Codec:
         """The item of a row.
 
         Raises:
-            Undecodable: the row is damaged, or was written by something else.
+            UndecodableError: the row is damaged, or was written by something else.
         """
         try:
             return await self.decode(data)
         except (ValueError, TypeError, RecursionError) as error:
-            raise Undecodable(str(error)) from error
+            raise UndecodableError(str(error)) from error
 
 
 class Store:
@@ -77,7 +76,7 @@ class Store:
         for row in reversed(newest_first):
             try:
                 items.append(await codec.item(row.data))
-            except Undecodable:
+            except UndecodableError:
                 skipped += 1
         _log_skipped(key, skipped)
         return items

@@ -139,8 +139,8 @@ def _verify(connection: Connection, tables: Tables) -> bool:
     if other in {check["name"] for check in checks}:
         owner = "the stand-alone SQLAlchemySession" if tables.of_gateway else "a Shardgate gateway"
         raise TablesMismatch(
-            f"table {table.name!r} belongs to {owner}, whose sessions must not be mixed with these; "
-            f"choose {'another table_prefix' if tables.of_gateway else 'other table names'}"
+            f"table {table.name!r} belongs to {owner}, whose sessions must not be mixed with "
+            f"these; choose {'another table_prefix' if tables.of_gateway else 'other table names'}"
         )
     return True
 
@@ -151,8 +151,8 @@ def _refuse_foreign(table: Table, columns: set[str]) -> None:
         return
     if columns == _SDK_COLUMNS:
         raise TablesMismatch(
-            f"table {table.name!r} was made by the OpenAI Agents SDK's own SQLAlchemySession, which "
-            "stores sessions in another form; give this one names of its own, for example "
+            f"table {table.name!r} was made by the OpenAI Agents SDK's own SQLAlchemySession, "
+            "which stores sessions in another form; give this one names of its own, for example "
             "sessions_table='shardgate_agent_sessions', messages_table='shardgate_agent_messages'"
         )
     raise TablesMismatch(

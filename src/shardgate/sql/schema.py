@@ -48,7 +48,7 @@ _SESSION_CHARACTERS = 255
 _OP_CHARACTERS = 128
 _BYTES_PER_CHARACTER = 4
 _MYSQL = ("mysql", "mariadb")
-_TABLE_OPTIONS = {
+_TABLE_OPTIONS: dict[str, Any] = {
     f"{dialect}_{option}": value
     for dialect in _MYSQL
     for option, value in (
@@ -335,7 +335,7 @@ def _tenants(name: str, metadata: MetaData) -> Table:
 def build_tables(
     names: TableNames, *, schema: str | None = None, metadata: MetaData | None = None
 ) -> Tables:
-    """Declare the tables, in ``metadata`` if given (its own ``schema`` applies), else in a new one."""
+    """Declare the tables, in ``metadata`` (whose own ``schema`` counts) or a new one."""
     metadata = MetaData(schema=schema) if metadata is None else metadata
     gateway = names.slots is not None
     tables = Tables(

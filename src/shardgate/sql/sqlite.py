@@ -132,9 +132,7 @@ class SQLite(Dialect):
         busy = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
         return isinstance(error, BusyConnection) or code in busy
 
-    def _append(
-        self, connection: Any, key: Key, items: Sequence[str], incarnation: int
-    ) -> None:
+    def _append(self, connection: Any, key: Key, items: Sequence[str], incarnation: int) -> None:
         now = datetime.now(UTC)
         sizes = [nbytes(item) for item in items]
         ids = _ids(key)

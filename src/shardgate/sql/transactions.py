@@ -26,12 +26,12 @@ if TYPE_CHECKING:
     from shardgate.sql.schema import Tables
 
     Decode = Callable[[str], Awaitable[object]]
-    """Gives the item, or raises :class:`Undecodable`."""
+    """Gives the item, or raises :class:`UndecodableError`."""
 
 _BATCH = 100
 
 
-class Undecodable(ValueError):
+class UndecodableError(ValueError):
     """A stored row is not an item: it was damaged, or written by something else."""
 
 
@@ -137,9 +137,7 @@ async def pop_decodable(
     while True:
         rows = await connection.execute(
             select(messages.c.seq, messages.c.message_data, messages.c.nbytes)
-            .where(
-                _of(messages, key), messages.c.seq >= session.floor_seq, messages.c.seq < before
-            )
+            .where(_of(messages, key), messages.c.seq >= session.floor_seq, messages.c.seq < before)
             .order_by(messages.c.seq.desc())
             .limit(_BATCH)
         )
@@ -147,7 +145,7 @@ async def pop_decodable(
         for seq, data, size in batch:
             try:
                 item = await decode(data)
-            except Undecodable:
+            except UndecodableError:
                 passed += 1
                 continue
             await _remove(connection, tables, key, [seq])
@@ -250,7 +248,7 @@ async def _prunable(
             try:
                 if not await prune(data):
                     return chosen
-            except Undecodable:
+            except UndecodableError:
                 return chosen
             chosen.append((seq, size))
         if len(batch) < _BATCH:
@@ -323,6 +321,7 @@ async def list_sessions(
 async def count_sessions(connection: AsyncConnection, tables: Tables) -> int:
     """How many sessions this shard holds."""
     return int(
-        (await connection.execute(select(func.count(literal(1))).select_from(tables.sessions)))
-        .scalar_one()
+        (
+            await connection.execute(select(func.count(literal(1))).select_from(tables.sessions))
+        ).scalar_one()
     )
