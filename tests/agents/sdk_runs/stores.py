@@ -104,3 +104,15 @@ class ThroughGateway(Store):
     @property
     def engines(self) -> Sequence[AsyncEngine]:
         return [shard.engine for shard in self._gateway.shards.values()]
+
+
+class Reference:
+    """The SDK's own session in a store's place: a restart changes nothing, the data is kept."""
+
+    def __init__(self, session: Any) -> None:
+        self._session = session
+
+    async def restart(self) -> None: ...
+
+    def session(self) -> Any:
+        return self._session
