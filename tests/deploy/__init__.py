@@ -1,0 +1,1 @@
+"""The files of ``deploy/``, checked as far as that goes without Docker and without a cluster."""
