@@ -1,0 +1,5 @@
+"""``python -m shardgate.cli``: the same as ``shardgate``."""
+
+from shardgate.cli import main
+
+main()

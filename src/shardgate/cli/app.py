@@ -1,0 +1,158 @@
+"""The commands. They read the same settings as the platform does.
+
+Exit codes: 0 all is well; 1 something does not work (a shard is down, say); 2 the command or the
+settings are wrong.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from dataclasses import asdict
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from sqlalchemy.dialects import mysql, postgresql, sqlite
+from sqlalchemy.dialects.mysql import mariadb
+
+from shardgate.errors import ShardgateError, UsageError
+from shardgate.gateway import Gateway, HealthReport
+from shardgate.settings import GatewaySettings
+from shardgate.sql.schema import TableNames, build_tables, ddl
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+app = typer.Typer(
+    help="Look at, create and check the shards that the SHARDGATE_ settings name.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+output = Console()
+errors = Console(stderr=True)
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+
+
+class DialectName(StrEnum):
+    """The databases that the tables are declared for."""
+
+    postgresql = "postgresql"
+    mysql = "mysql"
+    mariadb = "mariadb"
+    sqlite = "sqlite"
+
+
+_DIALECTS: dict[DialectName, Callable[[], Any]] = {
+    DialectName.postgresql: postgresql.dialect,
+    DialectName.mysql: mysql.dialect,
+    DialectName.mariadb: mariadb.MariaDBDialect,
+    DialectName.sqlite: sqlite.dialect,
+}
+
+
+@app.command("ddl")
+def print_ddl(
+    dialect: Annotated[DialectName, typer.Option(help="Which database.")],
+    table_prefix: Annotated[str, typer.Option(help="How a gateway's tables begin.")] = "shardgate_",
+    schema: Annotated[str | None, typer.Option(help="PostgreSQL: the tables' schema.")] = None,
+    standalone: Annotated[
+        bool, typer.Option("--standalone", help="The tables of the stand-alone SQLAlchemySession.")
+    ] = False,
+) -> None:
+    """Print the CREATE statements of one shard; reads no settings."""
+    names = (
+        TableNames.standalone("agent_sessions", "agent_messages")
+        if standalone
+        else TableNames.gateway(table_prefix)
+    )
+    for statement in ddl(build_tables(names, schema=schema), _DIALECTS[dialect]()):
+        sys.stdout.write(f"{statement};\n\n")
+
+
+@app.command("create-tables")
+def create_tables() -> None:
+    """Create the tables and keyspaces, or what is missing of them. Safe to run again."""
+
+    async def act(gateway: Gateway) -> None:
+        await gateway.create_tables()
+        for keyspace in gateway.settings.keyspaces:
+            shards = ", ".join(gateway.settings.shards_of(keyspace))
+            output.print(f"keyspace {keyspace}: ready on {shards}", highlight=False)
+
+    _with_gateway(act)
+
+
+@app.command("check")
+def check(as_json: AsJson = False) -> None:
+    """Ask every shard how it is; exit code 1 if one of them does not serve."""
+
+    async def act(gateway: Gateway) -> HealthReport:
+        return await gateway.check()
+
+    report = _with_gateway(act)
+    if as_json:
+        shards = {name: asdict(shard) for name, shard in report.shards.items()}
+        sys.stdout.write(json.dumps({"ok": report.ok, "shards": shards}, indent=2) + "\n")
+    else:
+        output.print(_health_table(report))
+    raise typer.Exit(0 if report.ok else 1)
+
+
+@app.command("route")
+def print_route(
+    tenant: Annotated[str, typer.Argument(help="The tenant's id.")],
+    session: Annotated[str, typer.Argument(help="The session's id.")],
+    keyspace: Annotated[str | None, typer.Option(help="Instead of the tenant's own.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Tell where a session lives, whether it exists or not."""
+
+    async def act(gateway: Gateway) -> Any:
+        await gateway.open()
+        return gateway.route(tenant, session, keyspace=keyspace)
+
+    route = asdict(_with_gateway(act))
+    if as_json:
+        sys.stdout.write(json.dumps(route) + "\n")
+        return
+    for name, value in route.items():
+        output.print(f"{name:9} {value}", highlight=False, markup=False)
+
+
+def _health_table(report: HealthReport) -> Table:
+    table = Table("shard", "keyspace", "state", "server", "latency", "slots")
+    for name, shard in report.shards.items():
+        latency = "" if shard.latency is None else f"{shard.latency * 1000:.1f} ms"
+        slots = "" if shard.slots is None else str(shard.slots)
+        state = "ok" if shard.ok else str(shard.error)
+        table.add_row(name, shard.keyspace, state, shard.server or "", latency, slots)
+    return table
+
+
+def _with_gateway(act: Callable[[Gateway], Awaitable[Any]]) -> Any:
+    async def run_it() -> Any:
+        gateway = Gateway(GatewaySettings())
+        try:
+            return await act(gateway)
+        finally:
+            await gateway.aclose()
+
+    return asyncio.run(run_it())
+
+
+def run() -> None:
+    """Run the command; an error is a line or two, not a traceback."""
+    try:
+        app()
+    except UsageError as error:
+        errors.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(2)
+    except ShardgateError as error:
+        errors.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(1)
