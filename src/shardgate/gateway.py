@@ -17,6 +17,7 @@ from shardgate.listing import SessionPage, check_limit, merge, read_cursor, writ
 from shardgate.router import Route, route
 from shardgate.session import GatewaySession
 from shardgate.settings import GatewaySettings
+from shardgate.settling import together
 from shardgate.shards import Shard
 from shardgate.slotmap import Plan, create, load, read_record
 from shardgate.slots import check_session_id, check_tenant_id, tenant_slots
@@ -149,7 +150,7 @@ class Gateway:
     async def aclose(self) -> None:
         """Close the engines that were made here. The gateway cannot be used again."""
         self._closed = True
-        await asyncio.gather(*(engine.dispose() for engine in self._own_engines))
+        await together(engine.dispose() for engine in self._own_engines)
 
     async def create_tables(self) -> None:
         """Create the tables and the keyspaces of the settings, or what is missing of them.
@@ -191,7 +192,7 @@ class Gateway:
     async def check(self) -> HealthReport:
         """Ask every shard how it is, all at the same time."""
         self._check_use()
-        answers = await asyncio.gather(*map(self._check_shard, self._shards.values()))
+        answers = await together(map(self._check_shard, self._shards.values()))
         return HealthReport(MappingProxyType({answer.name: answer for answer in answers}))
 
     async def _check_shard(self, shard: Shard) -> ShardHealth:

@@ -1,12 +1,13 @@
-"""Cancellation of an operation that has been sent: wait for its outcome, then be cancelled."""
+"""Waiting for outcomes: of an operation that was sent, although its caller is cancelled, and of
+several operations, although one of them has failed."""
 
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine
+    from collections.abc import Awaitable, Coroutine, Iterable
 
 T = TypeVar("T")
 
@@ -34,3 +35,15 @@ async def settle(operation: Coroutine[Any, Any, T], *, grace: float | None = Non
     if not task.cancelled():
         task.exception()  # retrieved, so that it is not reported as forgotten
     raise cancellation
+
+
+async def together(operations: Iterable[Awaitable[T]]) -> list[T]:
+    """Run all at the same time and wait for all, then raise the first error if there is one.
+
+    Nothing goes on behind the caller's back, as it does after ``asyncio.gather`` has raised.
+    """
+    outcomes = await asyncio.gather(*operations, return_exceptions=True)
+    for outcome in outcomes:
+        if isinstance(outcome, BaseException):
+            raise outcome
+    return cast("list[T]", outcomes)

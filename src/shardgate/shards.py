@@ -88,11 +88,15 @@ class Database:
     async def query(self, action: Callable[[AsyncConnection], Awaitable[T]]) -> T:
         """Run ``action``, which only reads, on a SQLAlchemy connection."""
         return await settle(
-            self._run(lambda attempt: self._query(action), writes=False), grace=CANCELLED_SECONDS
+            self._run(lambda attempt: self._query(action, attempt), writes=False),
+            grace=CANCELLED_SECONDS,
         )
 
-    async def _query(self, action: Callable[[AsyncConnection], Awaitable[T]]) -> T:
+    async def _query(
+        self, action: Callable[[AsyncConnection], Awaitable[T]], attempt: Attempt
+    ) -> T:
         async with self._only_user(), self.engine.connect() as connection:
+            attempt.sent = True
             return await action(connection)
 
     async def ready(self, *, create: bool) -> None:
@@ -103,7 +107,10 @@ class Database:
         names = (self.tables.metadata.schema, self.tables.names.sessions)
         if names in self.state.verified:
             return
-        await settle(self._run(lambda attempt: self._prepare(names, create=create), writes=True))
+        await settle(
+            self._run(lambda attempt: self._prepare(names, create=create), writes=True),
+            grace=CANCELLED_SECONDS,
+        )
 
     async def _prepare(self, names: tuple[str | None, str], *, create: bool) -> None:
         async with self.state.lock("tables"), self._only_user():
@@ -131,10 +138,10 @@ class Database:
                     await asyncio.sleep(pause * random.uniform(0.5, 1))  # noqa: S311 - jitter
                     pause = min(2 * pause, _LONGEST_PAUSE)
         except (DBAPIError, PoolTimeout, OSError) as error:
-            self._fail(error, sent=attempt.sent and writes)
+            self._fail(error, sent=attempt.sent, writes=writes)
 
-    def _fail(self, error: Exception, *, sent: bool) -> NoReturn:
-        """Raise what the caller is to see. ``sent``: a write was under way."""
+    def _fail(self, error: Exception, *, sent: bool, writes: bool) -> NoReturn:
+        """Raise what the caller is to see of an operation that was ``sent``, or was not."""
         raise error
 
     def _is_contention(self, error: DBAPIError) -> bool:

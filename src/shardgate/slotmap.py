@@ -20,6 +20,7 @@ from sqlalchemy import func, insert, inspect, select, update
 from sqlalchemy.exc import IntegrityError
 
 from shardgate.errors import KeyspaceNotCreated, OwnershipConflict, ShardUnavailable
+from shardgate.settling import together
 from shardgate.sql.schema import SCHEMA_VERSION
 from shardgate.sql.transactions import utc_now
 from shardgate.topology import KeyspaceMap, assign
@@ -233,7 +234,7 @@ async def create(plan: Plan, shards: Mapping[str, Shard]) -> None:
         ShardUnavailable: a shard does not answer. Run it again; nothing is decided twice.
         OwnershipConflict: a shard is of another keyspace, or has lost its record.
     """
-    await asyncio.gather(*(shard.ready(create=True) for shard in shards.values()))
+    await together(shard.ready(create=True) for shard in shards.values())
     answers, down = await read_records(shards)
     for unavailable in down.values():
         raise unavailable
@@ -257,16 +258,14 @@ async def _establish(
         )
     founder = await _found(plan, shards[anchor], str(uuid4()))
     others = [name for name in sorted(shards) if name != anchor]
-    joined = await asyncio.gather(
-        *(_found(plan, shards[name], founder.keyspace_uuid) for name in others)
-    )
+    joined = await together(_found(plan, shards[name], founder.keyspace_uuid) for name in others)
     identities = {anchor: founder, **dict(zip(others, joined, strict=True))}
     check_identities(
         plan, {name: ShardRecord(identity, {}, ()) for name, identity in identities.items()}
     )
     rows = await _first_rows(plan, shards[anchor], identities)
-    await asyncio.gather(*(_copy_rows(shards[name], rows) for name in others))
-    await asyncio.gather(*(_introduce(shards[name], name, identities) for name in shards))
+    await together(_copy_rows(shards[name], rows) for name in others)
+    await together(_introduce(shards[name], name, identities) for name in shards)
 
 
 async def _found(plan: Plan, shard: Shard, keyspace_uuid: str) -> Identity:
