@@ -18,7 +18,13 @@ from sqlalchemy.pool import AssertionPool, SingletonThreadPool, StaticPool
 from sqlalchemy.util import greenlet_spawn
 
 from shardgate.engines import state_of
-from shardgate.errors import Contended, OperatorError, OutcomeUnknown, ShardUnavailable
+from shardgate.errors import (
+    Contended,
+    OperatorError,
+    OutcomeUnknown,
+    ShardgateError,
+    ShardUnavailable,
+)
 from shardgate.settling import settle
 from shardgate.sql.create import create_tables, transaction, verify_tables
 
@@ -207,8 +213,12 @@ class Database:
 
     async def _give_back(self, connection: PoolProxiedConnection, error: Exception) -> None:
         """After an error: roll back and return the connection, or drop it if it is lost."""
+        if not isinstance(error, DBAPIError | ShardgateError):
+            connection.invalidate(error)  # the driver itself has failed, or the network
+            return
         if isinstance(error, DBAPIError) and error.connection_invalidated:
-            connection.invalidate(error)
+            # What ended this connection has ended its elders too: the next call gets a new one.
+            self.engine.sync_engine.pool._invalidate(connection, error)
             return
         try:
             await self.dialect.abandon(connection.driver_connection)
@@ -270,23 +280,27 @@ class Shard(Database):
     def __repr__(self) -> str:
         return f"Shard({self.name!r})"
 
-    def _fail(self, error: Exception, *, sent: bool) -> NoReturn:
+    def _fail(self, error: Exception, *, sent: bool, writes: bool) -> NoReturn:
+        unknown = sent and writes
         if isinstance(error, TimeoutError):
             late = f"did not answer within {self.deadline:g} seconds"
-            raise self._unavailable(late, sent=sent) from error
+            raise self._unavailable(late, unknown=unknown) from error
         if not isinstance(error, DBAPIError):
-            raise self._unavailable(f"cannot be reached ({_brief(error)})", sent=sent) from error
+            unreachable = f"cannot be reached ({_brief(error)})"
+            raise self._unavailable(unreachable, unknown=unknown) from error
         if self._is_contention(error):
             raise Contended(
                 f"shard {self.name!r} kept refusing because of other writers: {_brief(error)}"
             ) from error
-        if error.connection_invalidated or not sent:
-            raise self._unavailable(f"does not serve ({_brief(error)})", sent=sent) from error
-        raise OperatorError(f"shard {self.name!r} refused a statement: {_brief(error)}") from error
+        if sent and not error.connection_invalidated:
+            raise OperatorError(
+                f"shard {self.name!r} refused a statement: {_brief(error)}"
+            ) from error
+        raise self._unavailable(f"does not serve ({_brief(error)})", unknown=unknown) from error
 
-    def _unavailable(self, what: str, *, sent: bool) -> Exception:
+    def _unavailable(self, what: str, *, unknown: bool) -> Exception:
         message = f"shard {self.name!r} {what}"
-        if sent:
+        if unknown:
             return OutcomeUnknown(
                 f"{message}, after a write was sent: it may or may not have taken effect",
                 shard=self.name,
