@@ -101,8 +101,8 @@ def _told(session: SessionInfo) -> dict[str, object]:
         "session_id": session.session_id,
         "item_count": session.item_count,
         "byte_count": session.byte_count,
-        "created_at": session.created_at.isoformat(),
-        "updated_at": session.updated_at.isoformat(),
+        "created_at": f"{session.created_at.isoformat()}Z",
+        "updated_at": f"{session.updated_at.isoformat()}Z",
     }
 
 

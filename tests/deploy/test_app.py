@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import httpx2
@@ -150,7 +151,10 @@ async def test_a_listed_session_tells_its_size(http: HTTP) -> None:
     assert session["session_id"] == "chat-1"
     assert session["item_count"] == 2
     assert session["byte_count"] > 0
-    assert session["created_at"] <= session["updated_at"]
+    created = datetime.fromisoformat(session["created_at"])
+    updated = datetime.fromisoformat(session["updated_at"])
+    assert created <= updated
+    assert abs(datetime.now(UTC) - updated) < timedelta(minutes=10)  # in UTC, and says so
 
 
 async def test_a_deleted_session_is_gone_and_deleting_it_again_is_no_error(http: HTTP) -> None:
