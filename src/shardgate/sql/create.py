@@ -15,6 +15,7 @@ from sqlalchemy.schema import CreateSchema
 
 from shardgate.errors import TablesMismatch
 from shardgate.sql.schema import ownership_check_name
+from shardgate.sql.sqlite import is_always_in_transaction
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -43,9 +44,14 @@ async def transaction(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
     async with engine.connect() as connection:
         await connection.execution_options(isolation_level=level)
         async with connection.begin():
-            if sqlite:
+            if sqlite and not await _is_always_in_transaction(connection):
                 await connection.exec_driver_sql("BEGIN IMMEDIATE")
             yield connection
+
+
+async def _is_always_in_transaction(connection: AsyncConnection) -> bool:
+    driver: Any = (await connection.get_raw_connection()).driver_connection
+    return bool(await driver._execute(is_always_in_transaction, driver))
 
 
 async def create_tables(engine: AsyncEngine, tables: Tables) -> None:

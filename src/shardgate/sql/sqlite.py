@@ -157,9 +157,9 @@ class SQLite(Dialect):
             )
 
     def _tail(self, connection: Any, key: Key, limit: int | None) -> list[Row]:
-        raw = _idle(connection)
         parameters = _ids(key) | {"limit": _ALL if limit is None else limit}
-        return [Row(seq, data) for seq, data, _ in raw.execute(self.tail_sql, parameters)]
+        with _idle(connection) as raw:
+            return [Row(seq, data) for seq, data, _ in raw.execute(self.tail_sql, parameters)]
 
     def _pop(self, connection: Any, key: Key) -> Popped:
         ids = _ids(key)
@@ -205,22 +205,35 @@ def _is_json(data: object) -> bool:
     return True
 
 
-def _idle(connection: Any) -> sqlite3.Connection:
-    """The sqlite3 connection, if no transaction is open on it (a shared one may have one)."""
-    raw: sqlite3.Connection = connection._conn
-    if raw.in_transaction:
+def is_always_in_transaction(connection: Any) -> bool:
+    """Whether the caller has asked sqlite3 (Python 3.12+) for ``autocommit=False``."""
+    return getattr(connection._conn, "autocommit", None) is False
+
+
+@contextmanager
+def _idle(connection: Any) -> Iterator[sqlite3.Connection]:
+    """The sqlite3 connection outside any transaction (a shared one may be inside somebody's)."""
+    raw: Any = connection._conn
+    if is_always_in_transaction(connection):
+        raw.autocommit = True
+        try:
+            yield raw
+        finally:
+            raw.autocommit = False
+    elif raw.in_transaction:
         raise BusyConnection("the engine's only connection is inside another transaction")
-    return raw
+    else:
+        yield raw
 
 
 @contextmanager
 def _transaction(connection: Any) -> Iterator[sqlite3.Connection]:
-    raw = _idle(connection)
-    raw.execute("BEGIN IMMEDIATE")
-    try:
-        yield raw
-        raw.execute("COMMIT")
-    except BaseException:
-        if raw.in_transaction:
-            raw.execute("ROLLBACK")
-        raise
+    with _idle(connection) as raw:
+        raw.execute("BEGIN IMMEDIATE")
+        try:
+            yield raw
+            raw.execute("COMMIT")
+        except BaseException:
+            if raw.in_transaction:
+                raw.execute("ROLLBACK")
+            raise
