@@ -1,0 +1,1 @@
+"""Many tasks in several processes on the same sessions."""

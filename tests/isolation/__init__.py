@@ -1,0 +1,1 @@
+"""Tenants that try to see or to touch what belongs to another."""
