@@ -105,12 +105,15 @@ class Database:
             attempt.sent = True
             return await action(connection)
 
-    async def ready(self, *, create: bool) -> None:
+    async def ready(self, *, create: bool, afresh: bool = False) -> None:
         """Create the tables if asked, and refuse those of somebody else; once per engine.
 
-        Tables that do not exist are no error here: the statement that needs them says so.
+        ``afresh``: look again, whatever is remembered. Tables that do not exist are no error here:
+        the statement that needs them says so.
         """
         names = (self.tables.metadata.schema, self.tables.names.sessions)
+        if afresh:
+            self.state.verified.discard(names)
         if names in self.state.verified:
             return
         await settle(

@@ -4,14 +4,15 @@ Every shard holds a row for each slot. A shard's rows about the slots that it ow
 the others are hints, used for shards that cannot be asked. Ownership is by the shard's UUID; a name
 is what the settings call the shard that answers with this UUID.
 
-Creating a keyspace is idempotent and may be run by many processes at once. One shard, the first by
-name, decides: whoever writes the keyspace's identity and its slots there first has decided for
-everybody, and every other shard gets a copy of what it holds.
+Creating a keyspace is idempotent and may be run by many processes at once. One shard, one that
+holds slots already or else the first by name, decides: whoever writes the keyspace's identity and
+its slots there first has decided for everybody, and every other shard gets a copy of what it holds.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
@@ -19,7 +20,12 @@ from uuid import uuid4
 from sqlalchemy import func, insert, inspect, select, update
 from sqlalchemy.exc import IntegrityError
 
-from shardgate.errors import KeyspaceNotCreated, OwnershipConflict, ShardUnavailable
+from shardgate.errors import (
+    KeyspaceNotCreated,
+    OutcomeUnknown,
+    OwnershipConflict,
+    ShardUnavailable,
+)
 from shardgate.settling import together
 from shardgate.sql.schema import SCHEMA_VERSION
 from shardgate.sql.transactions import utc_now
@@ -156,6 +162,7 @@ async def load(plan: Plan, shards: Mapping[str, Shard]) -> KeyspaceMap:
             "'shardgate create-tables', or call gateway.create_tables()",
             keyspace=plan.keyspace,
         )
+    await _refuse_lost(plan, {name: shards[name] for name in answers}, records)
     return build_map(plan, records)
 
 
@@ -199,26 +206,67 @@ def _named(
 
 def check_identities(plan: Plan, records: Mapping[str, ShardRecord]) -> None:
     """Refuse shards that are not those that the settings, or their peers, take them for."""
-    first = next(iter(records.values())).identity
-    known = {peer: uuid for record in records.values() for uuid, peer in record.peers.items()}
+    for problem in mistaken(plan, records).values():
+        raise _conflict(plan, problem)
+
+
+def mistaken(plan: Plan, records: Mapping[str, ShardRecord]) -> dict[str, str]:
+    """What is wrong with each shard that is not the one it is taken for, by name."""
+    uuids = {peer: uuid for record in records.values() for uuid, peer in record.peers.items()}
+    families = Counter(record.identity.keyspace_uuid for record in records.values())
+    wanted = {
+        "keyspace": plan.keyspace,
+        "keyspace_uuid": families.most_common(1)[0][0] if families else "",
+        "slots": plan.slots,
+        "spread": plan.spread,
+        "hash": HASH,
+        "schema_version": SCHEMA_VERSION,
+    }
+    problems = {}
     for name, record in records.items():
-        identity = record.identity
-        for what, found, wanted in (
-            ("name", identity.name, name),
-            ("keyspace", identity.keyspace, plan.keyspace),
-            ("keyspace_uuid", identity.keyspace_uuid, first.keyspace_uuid),
-            ("slots", identity.slots, plan.slots),
-            ("spread", identity.spread, plan.spread),
-            ("hash", identity.hash, HASH),
-            ("schema_version", identity.schema_version, SCHEMA_VERSION),
-            ("UUID", identity.shard_uuid, known.get(name, identity.shard_uuid)),
-        ):
-            if found != wanted:
-                raise _conflict(
-                    plan,
-                    f"shard {name!r} says that its {what} is {found!r}, but it should be "
-                    f"{wanted!r}: is its URL the right one?",
-                )
+        known = {"shard_uuid": uuids[name]} if name in uuids else {}
+        problem = _difference(record.identity, {"name": name} | wanted | known)
+        if problem is not None:
+            problems[name] = f"shard {name!r} {problem}"
+    return problems
+
+
+def _difference(identity: Identity, wanted: Mapping[str, object]) -> str | None:
+    for what, value in wanted.items():
+        found = getattr(identity, what)
+        if found != value:
+            return f"says that its {what} is {found!r}, but it should be {value!r}: {_hint(what)}"
+    return None
+
+
+def _hint(what: str) -> str:
+    if what in ("slots", "spread"):
+        return "this was fixed when the keyspace was created; set it back"
+    if what in ("hash", "schema_version"):
+        return "it was made by another version of Shardgate"
+    return "is its URL the right one?"
+
+
+async def _refuse_lost(
+    plan: Plan, shards: Mapping[str, Shard], records: Mapping[str, ShardRecord]
+) -> None:
+    """Refuse shards that their peers know and that have no record of their own.
+
+    Shards are not read in one moment: one that looked empty may have been created meanwhile, so it
+    is asked again.
+    """
+    known = {peer: uuid for record in records.values() for uuid, peer in record.peers.items()}
+    for name in sorted(known.keys() & shards.keys() - records.keys()):
+        if await read_record(shards[name]) is None:
+            raise _conflict(plan, lost(name, known[name]))
+
+
+def lost(name: str, uuid: str) -> str:
+    """What to say of a shard without a record that its peers know."""
+    return (
+        f"shard {name!r} has no record of its own, but its peers know it as {uuid}: "
+        "is its URL the right one, or was its database emptied?"
+    )
 
 
 def _conflict(plan: Plan, what: str) -> OwnershipConflict:
@@ -228,35 +276,46 @@ def _conflict(plan: Plan, what: str) -> OwnershipConflict:
 async def create(plan: Plan, shards: Mapping[str, Shard]) -> None:
     """Create the keyspace on all its shards, or what is still missing of it.
 
-    A shard that is new to an existing keyspace joins without slots.
+    A shard that is new to an existing keyspace joins without slots. Nothing is written anywhere
+    until all shards have answered and none is refused.
 
     Raises:
         ShardUnavailable: a shard does not answer. Run it again; nothing is decided twice.
         OwnershipConflict: a shard is of another keyspace, or has lost its record.
     """
-    await together(shard.ready(create=True) for shard in shards.values())
     answers, down = await read_records(shards)
     for unavailable in down.values():
         raise unavailable
     found = {name: record for name, record in answers.items() if record is not None}
-    if len(found) == len(shards) and all(record.rows for record in found.values()):
-        check_identities(plan, found)
-        return
-    anchor = min(name for name in (found or shards))
-    await _establish(plan, shards, anchor, found)
+    check_identities(plan, found)
+    await _refuse_lost(plan, shards, found)
+    try:
+        await together(shard.ready(create=True, afresh=True) for shard in shards.values())
+        if not _is_complete(found, shards):
+            await _establish(plan, shards, found)
+    except OutcomeUnknown as error:
+        raise ShardUnavailable(
+            f"shard {error.shard!r} was lost while keyspace {plan.keyspace!r} was being created: "
+            "run it again",
+            shard=error.shard,
+        ) from error
+
+
+def _is_complete(found: Mapping[str, ShardRecord], shards: Mapping[str, Shard]) -> bool:
+    """Whether every shard has a record with all slots, and knows the others."""
+    return found.keys() == shards.keys() and all(
+        record.rows and shards.keys() - {name} <= set(record.peers.values())
+        for name, record in found.items()
+    )
 
 
 async def _establish(
-    plan: Plan, shards: Mapping[str, Shard], anchor: str, found: Mapping[str, ShardRecord]
+    plan: Plan, shards: Mapping[str, Shard], found: Mapping[str, ShardRecord]
 ) -> None:
-    lost = {name: uuid for record in found.values() for uuid, name in record.peers.items()}
-    for name in sorted(lost.keys() & shards.keys() - found.keys()):
-        raise _conflict(
-            plan,
-            f"shard {name!r} has no record of its own, but its peers know it as {lost[name]}: "
-            "is its URL the right one, or was its database emptied?",
-        )
-    founder = await _found(plan, shards[anchor], str(uuid4()))
+    """Found what is missing. A shard that holds slots decides, whatever the others are called."""
+    anchor = min([name for name in found if found[name].rows] or shards)
+    keyspaces = [record.identity.keyspace_uuid for record in found.values()]
+    founder = await _found(plan, shards[anchor], *(keyspaces[:1] or [str(uuid4())]))
     others = [name for name in sorted(shards) if name != anchor]
     joined = await together(_found(plan, shards[name], founder.keyspace_uuid) for name in others)
     identities = {anchor: founder, **dict(zip(others, joined, strict=True))}
