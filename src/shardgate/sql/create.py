@@ -99,7 +99,8 @@ async def _taking_turns(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
         try:
             yield connection
         finally:
-            await connection.execute(text("SELECT RELEASE_LOCK(:name)"), {"name": _LOCK_NAME})
+            if not connection.invalidated:  # a lost connection has let go, and would hide why
+                await connection.execute(text("SELECT RELEASE_LOCK(:name)"), {"name": _LOCK_NAME})
 
 
 def _to_create(inspector: Inspector, tables: Tables) -> list[Any]:
