@@ -45,7 +45,6 @@ def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.Monke
         monkeypatch.setenv(f"SHARDGATE_KEYSPACES__{keyspace}__SLOTS", "64")
     monkeypatch.setenv("SHARDGATE_DEFAULT_KEYSPACE", "main")
     monkeypatch.setenv("SHARDGATE_TENANTS", '{"acme-eu": "eu"}')
-    monkeypatch.setenv("SHARDGATE_OPERATION_DEADLINE", "1")
     return monkeypatch
 
 
