@@ -18,6 +18,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
 
+from harness.engines import DriverConnections
 from harness.programs import HOST, Program, ServerError, free_port
 
 if TYPE_CHECKING:
@@ -144,9 +145,13 @@ class Server(ABC):
             poolclass=NullPool,
             isolation_level="AUTOCOMMIT",
         )
-        async with engine.connect() as connection:
-            for statement in statements:
-                await connection.execute(text(statement))
+        drivers = DriverConnections(engine)
+        try:
+            async with engine.connect() as connection:
+                for statement in statements:
+                    await connection.execute(text(statement))
+        finally:
+            drivers.close_lost()
 
 
 class SQLiteServer(Server):

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from sqlalchemy import text
@@ -21,6 +21,7 @@ from harness import postgresql
 from harness.backends import find_backends
 from harness.engines import EngineMaker, other_tasks
 from harness.programs import HOST, PREFIX, RunFolder, children_of
+from harness.proxy import CuttingProxy
 from harness.servers import LocalServer
 
 if TYPE_CHECKING:
@@ -152,6 +153,20 @@ async def test_a_cancelled_call_is_no_leak(make_engine: EngineMaker, backend: Ba
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
+
+
+@pytest.mark.backends("mariadb", "mysql")
+async def test_a_connection_whose_peer_is_gone_is_closed_all_the_same(database: Database) -> None:
+    maker = EngineMaker(database.url)
+    async with CuttingProxy.in_front_of(database.url) as proxy:
+        engine = maker(proxy.url(database.url))
+        async with engine.connect() as connection:
+            raw = await connection.get_raw_connection()
+            driver: Any = raw.driver_connection
+    while driver._reader.exception() is None:  # noqa: ASYNC110 - until the reset has arrived
+        await asyncio.sleep(0)
+    await maker.finish()
+    assert driver.closed
 
 
 async def test_a_task_left_running_is_seen() -> None:
