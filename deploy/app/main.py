@@ -25,7 +25,6 @@ from starlette.applications import Starlette
 from starlette.responses import Response
 from starlette.routing import Route
 
-from app.echo import EchoModel
 from shardgate import (
     Gateway,
     OutcomeUnknown,
@@ -35,6 +34,7 @@ from shardgate import (
     TransientError,
     UsageError,
 )
+from shardgate.testing.model import ScriptedModel
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -61,10 +61,15 @@ async def opened_gateway(app: Starlette) -> AsyncIterator[None]:
         yield
 
 
+def echo(said: list[str]) -> str:
+    """The scripted answer: it counts the messages that the session has kept."""
+    return f"turn {len(said)}: {said[-1]}"
+
+
 def make_agent() -> tuple[Agent[None], RunConfig]:
     """The agent: with the model of OPENAI_API_KEY, or without a key one that needs no network."""
     has_key = bool(os.environ.get("OPENAI_API_KEY"))
-    model = (os.environ.get("APP_MODEL") or None) if has_key else EchoModel()
+    model = (os.environ.get("APP_MODEL") or None) if has_key else ScriptedModel(echo)
     agent = Agent[None](name="assistant", instructions="Answer briefly.", model=model)
     return agent, RunConfig(tracing_disabled=not has_key)
 

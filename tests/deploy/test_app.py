@@ -292,6 +292,6 @@ def test_a_key_chooses_the_real_model(
 
 def test_without_a_key_nothing_is_sent_anywhere(main: Any) -> None:
     agent, config = main.make_agent()
-    assert type(agent.model).__name__ == "EchoModel"
+    assert type(agent.model).__name__ == "ScriptedModel"
     assert isinstance(config, RunConfig)
     assert config.tracing_disabled is True
