@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from time import perf_counter
 from types import MappingProxyType
@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any, Self
 from sqlalchemy import text
 
 from shardgate.engines import make_engine
-from shardgate.errors import ShardgateError, ShardUnavailable, UsageError
+from shardgate.errors import OwnershipConflict, ShardgateError, ShardUnavailable, UsageError
 from shardgate.listing import SessionPage, check_limit, merge, read_cursor, write_cursor
 from shardgate.router import Route, route
 from shardgate.session import GatewaySession
 from shardgate.settings import GatewaySettings
 from shardgate.settling import together
 from shardgate.shards import Shard
-from shardgate.slotmap import Plan, create, load, read_record
+from shardgate.slotmap import Plan, build_map, create, load, lost, mistaken, read_record
 from shardgate.slots import check_session_id, check_tenant_id, tenant_slots
 from shardgate.sql.dialect import Key
 from shardgate.sql.schema import TableNames, build_tables
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from sqlalchemy import URL
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
+    from shardgate.slotmap import ShardRecord
     from shardgate.sql.transactions import SessionInfo
     from shardgate.topology import KeyspaceMap
 
@@ -110,10 +111,13 @@ class Gateway:
             names = TableNames.gateway(settings.table_prefix)
             tables = build_tables(names, schema=shard.schema_)
             deadline = settings.operation_deadline
-            self._shards[name] = Shard(name, engine, tables, deadline=deadline)
+            try:
+                self._shards[name] = Shard(name, engine, tables, deadline=deadline)
+            except UsageError as error:
+                raise UsageError(f"shard {name!r}: {error}") from None
         self._stores = {name: Store(shard) for name, shard in self._shards.items()}
         self._topology = Topology({})
-        self._loading = asyncio.Lock()
+        self._loading: dict[str, asyncio.Task[None]] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closed = False
 
@@ -128,7 +132,11 @@ class Gateway:
         return MappingProxyType(self._shards)
 
     async def __aenter__(self) -> Self:
-        await self.open()
+        try:
+            await self.open()
+        except BaseException:
+            await self.aclose()  # nobody else will: the block is never entered
+            raise
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -150,6 +158,10 @@ class Gateway:
     async def aclose(self) -> None:
         """Close the engines that were made here. The gateway cannot be used again."""
         self._closed = True
+        loading = list(self._loading.values())
+        for task in loading:
+            task.cancel()
+        await asyncio.gather(*loading, return_exceptions=True)
         await together(engine.dispose() for engine in self._own_engines)
 
     async def create_tables(self) -> None:
@@ -187,29 +199,55 @@ class Gateway:
             UsageError: an id is not one, or the gateway has not been opened.
         """
         tenant = self.tenant(tenant_id, keyspace=keyspace)
+        if tenant.keyspace not in self._topology.keyspaces:
+            raise UsageError(
+                f"the map of keyspace {tenant.keyspace!r} has not been read yet: open the gateway, "
+                "or use a session of this keyspace, while one of its shards answers"
+            )
         return route(self._topology, tenant.keyspace, tenant_id, check_session_id(session_id))
 
     async def check(self) -> HealthReport:
-        """Ask every shard how it is, all at the same time."""
+        """Ask every shard how it is and whether it is the right one, all at the same time."""
         self._check_use()
         answers = await together(map(self._check_shard, self._shards.values()))
-        return HealthReport(MappingProxyType({answer.name: answer for answer in answers}))
+        health = {answer.name: answer for answer, _ in answers}
+        records = {answer.name: record for answer, record in answers if record is not None}
+        for keyspace in self.settings.keyspaces:
+            for name, problem in self._problems(keyspace, health, records).items():
+                health[name] = replace(health[name], error=problem)
+        return HealthReport(MappingProxyType(health))
 
-    async def _check_shard(self, shard: Shard) -> ShardHealth:
+    async def _check_shard(self, shard: Shard) -> tuple[ShardHealth, ShardRecord | None]:
         health = partial(ShardHealth, shard.name, self.settings.shards[shard.name].keyspace)
         try:
             server, latency = await shard.query(_measure)
         except ShardgateError as error:
-            return health(reachable=False, error=str(error))
+            return health(reachable=False, error=str(error)), None
         known = partial(health, reachable=True, server=server, latency=latency)
         try:
             record = await read_record(shard)
         except ShardgateError as error:
-            return known(error=str(error))
+            return known(error=str(error)), None
         if record is None:
-            return known(error=f"shard {shard.name!r} has no tables yet")
+            missing = f"shard {shard.name!r} is not created yet: run 'shardgate create-tables'"
+            return known(error=missing), None
         owned = sum(row.owner == record.identity.shard_uuid for row in record.rows)
-        return known(slots=owned)
+        return known(slots=owned), record
+
+    def _problems(
+        self, keyspace: str, health: Mapping[str, ShardHealth], records: Mapping[str, ShardRecord]
+    ) -> dict[str, str]:
+        """What the shards of a keyspace say that does not fit together."""
+        plan = self._plan(keyspace)
+        records = {name: record for name, record in records.items() if name in plan.weights}
+        without = [name for name in plan.weights if health[name].reachable and name not in records]
+        problems = mistaken(plan, records) | lost(records, without)
+        if records and not problems:
+            try:
+                build_map(plan, records)
+            except OwnershipConflict as error:
+                return dict.fromkeys(records, str(error))
+        return problems
 
     def _plan(self, keyspace: str) -> Plan:
         shape = self.settings.keyspace(keyspace)
@@ -223,12 +261,27 @@ class Gateway:
         self._topology = self._topology.with_keyspace(known)
 
     async def _map(self, keyspace: str) -> KeyspaceMap:
-        """The keyspace's map: as known, or learnt now."""
+        """The keyspace's map: as known, or learnt now, once for all who ask meanwhile.
+
+        They share the outcome: to ask again one after the other would outlast their deadlines.
+        """
         if keyspace not in self._topology.keyspaces:
-            async with self._loading:
-                if keyspace not in self._topology.keyspaces:
-                    await self._load(keyspace)
+            loading = self._loading.get(keyspace) or self._start_loading(keyspace)
+            await asyncio.wait([loading])
+            if loading.cancelled():
+                self._check_use()
+            loading.result()
         return self._topology.keyspaces[keyspace]
+
+    def _start_loading(self, keyspace: str) -> asyncio.Task[None]:
+        def end(loading: asyncio.Task[None]) -> None:
+            del self._loading[keyspace]
+            if not loading.cancelled():
+                loading.exception()  # retrieved, in case that everybody who asked was cancelled
+
+        loading = self._loading[keyspace] = asyncio.create_task(self._load(keyspace))
+        loading.add_done_callback(end)
+        return loading
 
     async def _load(self, keyspace: str) -> None:
         plan, shards = self._plan(keyspace), self._shards_of(keyspace)

@@ -32,7 +32,7 @@ from shardgate.sql.transactions import utc_now
 from shardgate.topology import KeyspaceMap, assign
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -212,7 +212,7 @@ def check_identities(plan: Plan, records: Mapping[str, ShardRecord]) -> None:
 
 def mistaken(plan: Plan, records: Mapping[str, ShardRecord]) -> dict[str, str]:
     """What is wrong with each shard that is not the one it is taken for, by name."""
-    uuids = {peer: uuid for record in records.values() for uuid, peer in record.peers.items()}
+    uuids = _known_uuids(records)
     families = Counter(record.identity.keyspace_uuid for record in records.values())
     wanted = {
         "keyspace": plan.keyspace,
@@ -255,18 +255,24 @@ async def _refuse_lost(
     Shards are not read in one moment: one that looked empty may have been created meanwhile, so it
     is asked again.
     """
-    known = {peer: uuid for record in records.values() for uuid, peer in record.peers.items()}
-    for name in sorted(known.keys() & shards.keys() - records.keys()):
+    for name, problem in lost(records, shards).items():
         if await read_record(shards[name]) is None:
-            raise _conflict(plan, lost(name, known[name]))
+            raise _conflict(plan, problem)
 
 
-def lost(name: str, uuid: str) -> str:
-    """What to say of a shard without a record that its peers know."""
-    return (
-        f"shard {name!r} has no record of its own, but its peers know it as {uuid}: "
+def lost(records: Mapping[str, ShardRecord], names: Iterable[str]) -> dict[str, str]:
+    """What is wrong with those of the named shards that have no record and that peers know."""
+    uuids = _known_uuids(records)
+    return {
+        name: f"shard {name!r} has no record of its own, but its peers know it as {uuids[name]}: "
         "is its URL the right one, or was its database emptied?"
-    )
+        for name in sorted(names)
+        if name in uuids and name not in records
+    }
+
+
+def _known_uuids(records: Mapping[str, ShardRecord]) -> dict[str, str]:
+    return {peer: uuid for record in records.values() for uuid, peer in record.peers.items()}
 
 
 def _conflict(plan: Plan, what: str) -> OwnershipConflict:
