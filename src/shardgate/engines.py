@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import event
 from sqlalchemy.engine import make_url
-from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from shardgate.errors import UsageError
 from shardgate.sql.mysql import MySQL
@@ -20,7 +20,6 @@ from shardgate.sql.sqlite import SQLite
 
 if TYPE_CHECKING:
     from sqlalchemy import URL, Engine
-    from sqlalchemy.ext.asyncio import AsyncEngine
 
     from shardgate.sql.dialect import Dialect
     from shardgate.sql.schema import Tables
@@ -60,7 +59,16 @@ _states_guard = threading.Lock()
 
 
 def state_of(engine: AsyncEngine) -> EngineState:
-    """The one state of this engine."""
+    """The one state of this engine.
+
+    Raises:
+        UsageError: it is no AsyncEngine.
+    """
+    if not isinstance(engine, AsyncEngine):
+        raise UsageError(
+            f"the engine is of type {type(engine).__name__}: use an AsyncEngine, as "
+            "create_async_engine makes it"
+        )
     with _states_guard:
         return _states.setdefault(engine.sync_engine, EngineState())
 
