@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 RECEIPT = "refunded: NUL \0, 😀, 1e400, Zürich"
 PAYS_BACK = 'pay_back({"amount": 5})'
 
+only_sqlite = pytest.mark.backends("sqlite")
 needs_checkpoints = pytest.mark.skipif(
     "_pending_session_write" not in RunState.__dataclass_fields__,
     reason="this version of the SDK has no checkpoints of unfinished session writes",
@@ -82,6 +83,7 @@ async def decide(
     return clerk.model.received, clerk.paid, await store.session().get_items()
 
 
+@only_sqlite
 @pytest.mark.parametrize("run", [run_plain, run_streamed])
 @pytest.mark.parametrize("approve", [True, False])
 async def test_as_with_the_sdks_own_session(
@@ -100,6 +102,7 @@ async def test_approved_in_another_process(store: Store) -> None:
     assert texts(stored) == [*said, "Done.", "Thanks.", "Bye."]
 
 
+@only_sqlite
 async def test_pauses_one_after_the_other(store: Store, reference: SQLiteSession) -> None:
     async def play(store: Store | Reference) -> tuple[list[Any], list[Any]]:
         text = await pause(asking(1), run_plain, store.session())
@@ -172,7 +175,7 @@ async def test_a_lost_answer_is_settled_by_the_hash_of_the_tail(
 
 
 @needs_checkpoints
-@pytest.mark.backends("sqlite")
+@only_sqlite
 @pytest.mark.parametrize("stored", [True, False])
 async def test_a_tail_that_somebody_changed_is_found_out(
     stored: bool, store: Store, monkeypatch: pytest.MonkeyPatch
@@ -187,7 +190,7 @@ async def test_a_tail_that_somebody_changed_is_found_out(
     assert await store.session().get_items() == before
 
 
-@pytest.mark.backends("sqlite")
+@only_sqlite
 async def test_a_pause_without_restart(session: StoredSession) -> None:
     """The live state, resumed with the same session object."""
     clerk = Clerk(Call("pay_back", {"amount": 5}), Say("Done."), name="live")

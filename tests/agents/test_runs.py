@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
     from shardgate.session import StoredSession
 
+only_sqlite = pytest.mark.backends("sqlite")
+every_server = pytest.mark.backends("postgresql", "mariadb", "mysql")
+
 HARD_TEXT = "NUL \0, half a pair \ud83d, emoji 😀, quotes \"'`, \\ and \u2028 – Zürich"
 
 
@@ -65,11 +68,27 @@ async def hard_values(run: Run, session: Session) -> ScriptedModel:
     return model
 
 
+PLAYS = [three_turns, tool_calls, a_handoff, hard_values]
+
+
+@only_sqlite
 @pytest.mark.parametrize("run", [run_plain, run_streamed])
-@pytest.mark.parametrize("play", [three_turns, tool_calls, a_handoff, hard_values])
+@pytest.mark.parametrize("play", PLAYS)
 async def test_as_with_the_sdks_own_session(
     play: Play, run: Run, session: StoredSession, reference: SQLiteSession
 ) -> None:
+    await _compare(play, run, session, reference)
+
+
+@every_server
+@pytest.mark.parametrize("play", PLAYS)
+async def test_on_every_database(
+    play: Play, session: StoredSession, reference: SQLiteSession
+) -> None:
+    await _compare(play, run_plain, session, reference)
+
+
+async def _compare(play: Play, run: Run, session: Session, reference: Session) -> None:
     ours = await play_on(session, play, run)
     theirs = await play_on(reference, play, run)
     assert ours == theirs
@@ -85,6 +104,7 @@ def _check_history(played: Played) -> None:
         assert texts(given) == texts(played.stored[: len(given)])
 
 
+@only_sqlite
 @pytest.mark.parametrize("run", [run_plain, run_streamed])
 async def test_history_is_what_was_said(run: Run, session: StoredSession) -> None:
     model = await three_turns(run, session)
@@ -93,6 +113,7 @@ async def test_history_is_what_was_said(run: Run, session: StoredSession) -> Non
     assert texts(await session.get_items()) == said
 
 
+@only_sqlite
 async def test_tool_results_stand_where_they_happened(session: StoredSession) -> None:
     await tool_calls(run_plain, session)
     assert texts(await session.get_items()) == [
@@ -132,7 +153,7 @@ async def test_conversations_at_once_do_not_mix(store: Store) -> None:
         ]
 
 
-@pytest.mark.backends("sqlite")
+@only_sqlite
 async def test_run_sync_in_threads_with_event_loops_of_their_own(tmp_path: Path) -> None:
     url = f"sqlite+aiosqlite:///{tmp_path / 'chat.db'}"
     session = SQLAlchemySession.from_url("chat-1", url=url, create_tables=True)

@@ -6,6 +6,8 @@ from abc import ABC, abstractmethod
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any
 
+from sqlalchemy import text
+
 from shardgate.session import SQLAlchemySession
 
 if TYPE_CHECKING:
@@ -86,7 +88,12 @@ class ThroughGateway(Store):
 
     def __init__(self, urls: Sequence[str]) -> None:
         shards = {f"shard_{place}": {"url": url} for place, url in enumerate(urls)}
-        self._settings = {"shards": shards, "default_keyspace": "main", "create_tables": True}
+        self._settings = {
+            "shards": shards,
+            "keyspaces": {"main": {"slots": 16}},
+            "default_keyspace": "main",
+            "create_tables": True,
+        }
 
     async def open(self) -> None:
         from shardgate import Gateway, GatewaySettings
@@ -116,3 +123,15 @@ class Reference:
 
     def session(self) -> Any:
         return self._session
+
+
+async def stored_rows(store: Store) -> list[str]:
+    """The texts of all messages in the store's databases, as they stand there."""
+    rows: list[str] = []
+    for engine in store.engines:
+        async with engine.connect() as connection:
+            said = await connection.execute(
+                text(f"SELECT message_data FROM {store.messages_table} ORDER BY seq")
+            )
+            rows += said.scalars()
+    return rows
