@@ -47,14 +47,17 @@ _APPEND = """
 
 _APPEND_ROW = "(%(tenant)s, %(session)s, @shardgate_next + %(place)s, %(data)s, %(size)s, {now})"
 
-# One SELECT is one snapshot. At SERIALIZABLE it would lock what it reads, hence the first line.
+# One SELECT is one snapshot. At SERIALIZABLE it would lock what it reads, hence the first line. The
+# last one ends the transaction that a connection without autocommit is in by now: not every pool
+# does it on return.
 _TAIL = """
     SET TRANSACTION ISOLATION LEVEL READ COMMITTED;
     SELECT seq, CAST(message_data AS BINARY) FROM {messages}
     WHERE tenant_id = %(tenant)s AND session_id = %(session)s AND seq >= (
         SELECT floor_seq FROM {sessions}
         WHERE tenant_id = %(tenant)s AND session_id = %(session)s)
-    ORDER BY seq DESC %(limit)s
+    ORDER BY seq DESC %(limit)s;
+    COMMIT
 """
 
 _POP = """
@@ -154,7 +157,8 @@ class MySQL(Dialect):
     async def tail(self, connection: Any, key: Key, limit: int | None) -> list[Row]:
         clause = "" if limit is None else f"LIMIT {int(limit)}"
         results = await self._send(connection, self.tail_sql % (self._ids(key) | {"limit": clause}))
-        return [Row(seq, data.decode()) for seq, data in results[-1]]
+        rows = next((rows for rows in results if rows), ())
+        return [Row(seq, data.decode()) for seq, data in rows]
 
     async def pop(self, connection: Any, key: Key) -> Popped:
         results = await self._send(connection, self.pop_sql % self._ids(key))
