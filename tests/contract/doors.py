@@ -44,6 +44,7 @@ class Session(Protocol):
     async def pop_item(self) -> Any: ...
     async def clear_session(self) -> None: ...
     async def _locate(self) -> tuple[Store, Any]: ...
+    async def _get_compaction_snapshot(self, limit: int) -> Any: ...
 
 
 class Door(ABC):
@@ -106,9 +107,8 @@ class Door(ABC):
         sessions = self.tables.sessions
         async with self.engine(session_id).connect() as connection:
             statement = select(sessions.c.item_count, sessions.c.byte_count)
-            ((count, size),) = await connection.execute(
-                statement.where(*self._of(sessions, session_id))
-            )
+            found = await connection.execute(statement.where(*self._of(sessions, session_id)))
+            count, size = found.one_or_none() or (0, 0)
             return count, size
 
     def _of(self, table: Table, session_id: str) -> Sequence[ColumnElement[bool]]:
@@ -158,7 +158,8 @@ class GatewayDoor(Door):
         from shardgate.gateway import Gateway
 
         gateway = Gateway(gateway_settings(address["urls"], address["engine_kwargs"]))
-        await gateway.__aenter__()
+        if not address.get("opens_itself"):
+            await gateway.open()
         return cls(address, gateway)
 
     def session(self, session_id: str = SESSION, **options: Any) -> Session:
@@ -176,7 +177,7 @@ class GatewayDoor(Door):
         return await self.gateway.tenant(self.tenant).delete_session(session_id)
 
     async def close(self) -> None:
-        await self.gateway.__aexit__(None, None, None)
+        await self.gateway.aclose()
 
 
 def gateway_settings(
