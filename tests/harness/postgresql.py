@@ -29,6 +29,26 @@ SETTINGS = {
 }
 # Safe when the server is killed, not when the machine is.
 FAST = {"fsync": "off", "full_page_writes": "off"}
+# As good as a fresh database, and ten times as fast to come by.
+EMPTY = r"""
+DO $$
+DECLARE
+    name text;
+BEGIN
+    PERFORM pg_terminate_backend(pid, 10000) FROM pg_stat_activity
+        WHERE datname = current_database() AND backend_type = 'client backend'
+        AND pid <> pg_backend_pid();
+    FOR name IN SELECT nspname FROM pg_namespace
+        WHERE nspname NOT LIKE 'pg\_%' AND nspname <> 'information_schema'
+    LOOP
+        EXECUTE format('DROP SCHEMA %I CASCADE', name);
+    END LOOP;
+    CREATE SCHEMA public AUTHORIZATION pg_database_owner;
+    GRANT USAGE ON SCHEMA public TO PUBLIC;
+    EXECUTE format('ALTER DATABASE %I RESET ALL', current_database());
+END
+$$
+"""
 
 
 def find() -> list[Backend]:
@@ -97,6 +117,25 @@ class PostgreSQLServer(LocalServer):
         super().__init__(backend, folder, durable)
         self._programs = programs
         self._data = self._folder / "data"
+        self._unnamed: set[str] = set()
+        self._emptied: list[str] = []
+
+    async def create_database(self, name: str | None = None) -> str:
+        """Create an empty database, or take one that a test before has given back."""
+        if name is None and self._emptied:
+            return self._emptied.pop()
+        url = await super().create_database(name)
+        if name is None:
+            self._unnamed.add(url)
+        return url
+
+    async def drop_database(self, url: str) -> None:
+        """Drop a database that was created by name; empty another one for the next test."""
+        if url not in self._unnamed:
+            await super().drop_database(url)
+            return
+        await self._execute(EMPTY, url=url)
+        self._emptied.append(url)
 
     async def _prepare(self) -> None:
         if self.account and not open_to_all(self._programs):

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from sqlalchemy import text
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import create_async_engine
@@ -139,9 +138,10 @@ class Server(ABC):
     def _admin_url(self) -> str:
         return self.url(ADMIN_DATABASE[self.backend.family])
 
-    async def _execute(self, *statements: str) -> None:
+    async def _execute(self, *statements: str, url: str | None = None) -> None:
+        """Run statements one by one, each committed, in the admin database or that of ``url``."""
         engine = create_async_engine(
-            self._admin_url(),
+            url or self._admin_url(),
             poolclass=NullPool,
             isolation_level="AUTOCOMMIT",
         )
@@ -149,7 +149,7 @@ class Server(ABC):
         try:
             async with engine.connect() as connection:
                 for statement in statements:
-                    await connection.execute(text(statement))
+                    await connection.exec_driver_sql(statement)
         finally:
             drivers.close_lost()
 

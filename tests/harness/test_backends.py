@@ -58,6 +58,26 @@ async def test_databases_are_apart(databases: MakeDatabases, make_engine: Engine
 
 
 @SERVERS
+async def test_a_database_given_back_leaves_nothing_to_the_next(
+    backend: Backend, start_server: StartServer, make_engine: EngineMaker
+) -> None:
+    server = await start_server(backend)
+    url = await server.create_database()
+    async with make_engine(url).begin() as connection:
+        await connection.execute(text("CREATE TABLE leftover (a INTEGER)"))
+        if backend.family == "postgresql":
+            name = make_url(url).database
+            await connection.execute(text("CREATE SCHEMA another"))
+            await connection.execute(text("CREATE TABLE another.leftover (a INTEGER)"))
+            await connection.execute(text(f"ALTER DATABASE {name} SET search_path TO another"))
+    await server.drop_database(url)
+    async with make_engine(await server.create_database(), poolclass=NullPool).connect() as fresh:
+        tables = "SELECT count(*) FROM information_schema.tables WHERE table_name = 'leftover'"
+        assert await fresh.scalar(text(tables)) == 0
+        await fresh.execute(text("CREATE TABLE leftover (a INTEGER)"))
+
+
+@SERVERS
 async def test_databases_on_two_servers(backend: Backend, databases: MakeDatabases) -> None:
     if backend.servers == 1:
         pytest.skip(f"{backend.id}: one server given, two are needed")
