@@ -25,10 +25,10 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
 
     from agents import SQLiteSession
+    from sdk_runs.stores import Store
 
     from conftest import MakeDatabases
     from harness.engines import EngineMaker
-    from sdk_runs.stores import Store
     from shardgate.session import StoredSession
 
 collect_ignore_glob: list[str] = []
@@ -65,7 +65,6 @@ def session(store: Store) -> StoredSession:
 @pytest.fixture
 def reference() -> Iterator[SQLiteSession]:
     from agents import SQLiteSession
-
     from sdk_runs.stores import SESSION_ID
 
     made = SQLiteSession(SESSION_ID)

@@ -19,7 +19,6 @@ from agents.extensions.memory import SQLAlchemySession as SDKSession
 from agents.memory import session as sdk_session
 from sdk_runs.model import Call, Say, ScriptedModel
 from sdk_runs.play import agent_with, run_plain, run_streamed, texts, weather
-from sdk_runs.stores import Standalone
 from sqlalchemy import event
 
 from shardgate.session import SQLAlchemySession
@@ -28,12 +27,12 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
     from pathlib import Path
 
-    from conftest import Clock
-    from harness.engines import EngineMaker
     from sdk_runs.play import Run
-    from sdk_runs.stores import Store
+    from sdk_runs.stores import Standalone, Store
     from sqlalchemy.ext.asyncio import AsyncEngine
 
+    from conftest import Clock
+    from harness.engines import EngineMaker
     from shardgate.session import StoredSession
 
 SUMMARY: list[Any] = [
@@ -274,12 +273,12 @@ class Trap:
             self._spring()
 
 
-class Broken(Exception):
+class BrokenOffError(Exception):
     """What a test throws into the middle of a transaction."""
 
 
 def throw(_: asyncio.Task[Any]) -> None:
-    raise Broken
+    raise BrokenOffError
 
 
 def cancel(caller: asyncio.Task[Any]) -> None:
@@ -304,7 +303,7 @@ async def test_broken_off_at_any_statement_it_is_all_or_nothing(
             outcome = (await asyncio.gather(replacing, return_exceptions=True))[0]
             if not trap.sprung:
                 break
-            assert isinstance(outcome, Broken | asyncio.CancelledError)
+            assert isinstance(outcome, BrokenOffError | asyncio.CancelledError)
             assert await session.get_items() in (before, after)
     assert statement >= 4  # the trap was in the middle
     assert outcome is True
@@ -328,11 +327,11 @@ async def test_by_hand(session: StoredSession, reference: SDKSession) -> None:
 @only_sqlite
 async def test_by_hand_and_failing(session: StoredSession) -> None:
     async def fail() -> None:
-        raise Broken
+        raise BrokenOffError
 
     around = compacting(session, FakeClient(fail), after=1000)
     await talk(around, "one", "two")
-    with pytest.raises(Broken):
+    with pytest.raises(BrokenOffError):
         await around.run_compaction({"force": True, "compaction_mode": "input"})
     assert texts(await session.get_items()) == ["one", "re: one", "two", "re: two"]
 

@@ -123,7 +123,7 @@ async def test_pauses_one_after_the_other(store: Store, reference: SQLiteSession
     assert await play(store) == await play(Reference(reference))
 
 
-class Lost(Exception):
+class LostError(Exception):
     """The connection was lost, and with it the answer."""
 
 
@@ -135,7 +135,7 @@ def lose_the_answer(session: Any, monkeypatch: pytest.MonkeyPatch, *, stored: bo
         monkeypatch.setattr(session, "add_items", add_items)
         if stored:
             await add_items(items)
-        raise Lost
+        raise LostError
 
     monkeypatch.setattr(session, "add_items", failing)
 
@@ -147,7 +147,7 @@ async def break_off(store: Store | Reference, monkeypatch: pytest.MonkeyPatch, *
     state = await load(clerk.agent, text, approve=True)
     session = store.session()
     lose_the_answer(session, monkeypatch, **how)
-    with pytest.raises(Lost):
+    with pytest.raises(LostError):
         await run_plain(clerk.agent, state, session=session)
     assert clerk.paid == [5]
     text = json.dumps(state.to_json())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import os
 import subprocess
 import sys
@@ -11,12 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-import shardgate
 from agents import RunContextWrapper, Session
 from agents.extensions.memory import EncryptedSession
 from agents.memory import session as sdk_session
 from sdk_runs.model import Call, Say, ScriptedModel
 from sdk_runs.play import agent_with, run_plain, run_streamed, weather
+
+import shardgate
 
 if TYPE_CHECKING:
     from sdk_runs.play import Run
@@ -90,7 +92,7 @@ async def test_a_run_hands_its_context_over(
     await run(agent, "How is the weather?", session=used, context="acme")
     assert seen["get_items"]
     assert seen["add_items"]
-    for wrapper in sum(seen.values(), []):
+    for wrapper in itertools.chain(*seen.values()):
         assert isinstance(wrapper, RunContextWrapper)
         assert wrapper.context == "acme"
 

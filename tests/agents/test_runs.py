@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 only_sqlite = pytest.mark.backends("sqlite")
 every_server = pytest.mark.backends("postgresql", "mariadb", "mysql")
 
-HARD_TEXT = "NUL \0, half a pair \ud83d, emoji 😀, quotes \"'`, \\ and \u2028 – Zürich"
+HARD_TEXT = "NUL \0, half a pair \ud83d, emoji 😀, quotes \"'`, \\ and \u2028, Zürich"
 
 
 async def three_turns(run: Run, session: Session) -> ScriptedModel:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import json
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from openai.types.responses import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable
+    from collections.abc import AsyncIterator
 
     from agents import TResponseInputItem
 
@@ -72,7 +73,7 @@ class Think:
 
 
 Part = Say | Call | Think
-Act = "Callable[[], Awaitable[None] | None]"
+Act = Callable[[], Awaitable[None] | None]
 
 
 class ScriptedModel(Model):

@@ -5,19 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from agents import Agent, Runner, function_tool
+from agents import Agent, Runner, TResponseInputItem, function_tool
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from agents import Model, Session, TResponseInputItem
+    from agents import Model, Session
 
     from sdk_runs.model import ScriptedModel
 
     Run = Callable[..., Awaitable[Any]]
     Play = Callable[[Run, Session], Awaitable[ScriptedModel]]
 
-Items = "list[TResponseInputItem]"
+Items = list[TResponseInputItem]
 
 
 async def run_plain(agent: Agent[Any], given: Any, **options: Any) -> Any:
@@ -52,7 +52,7 @@ def weather(city: str) -> str:
 
 
 def agent_with(model: Model, **options: Any) -> Agent[Any]:
-    return Agent(**{"name": "assistant", "model": model} | options)
+    return Agent(name="assistant", model=model, **options)
 
 
 def texts(items: Items) -> list[str]:
