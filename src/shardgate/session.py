@@ -28,10 +28,14 @@ if TYPE_CHECKING:
 
     from agents.items import TResponseInputItem
     from agents.memory import SessionSettings
+    from agents.memory.session import SessionABC as SessionBase
     from sqlalchemy.ext.asyncio import AsyncEngine
 
     from shardgate.sql.schema import Tables
     from shardgate.sql.transactions import Tail
+else:
+    # The SDK's EncryptedSession asks type checkers, and nobody else, for the SDK's base class.
+    SessionBase = ABC
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +51,7 @@ class CompactionSnapshot:
     replace_suffix: Callable[[int, list[TResponseInputItem]], Awaitable[bool]]
 
 
-class StoredSession(ABC):
+class StoredSession(SessionBase):
     """What the stand-alone session and a gateway's have in common: the SDK's session protocol.
 
     Every method's ``wrapper`` is the SDK's run context; it is accepted and not used.
