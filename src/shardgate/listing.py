@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import heapq
 import json
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from shardgate.errors import UsageError
+from shardgate.slots import check_session_id
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -61,14 +61,21 @@ def read_cursor(tenant_id: str, keyspace: str, cursor: str) -> tuple[datetime, s
         owner, where, listed_at, session_id = json.loads(
             base64.b64decode(cursor, altchars=b"-_", validate=True)
         )
-        place = datetime.fromisoformat(listed_at), str(session_id)
-    except (ValueError, TypeError, binascii.Error):
+        place = _checked_time(listed_at), check_session_id(session_id)
+    except (ValueError, TypeError, RecursionError):
         raise UsageError(
             "this is not a cursor: pass on the next_cursor of the page before, unchanged"
         ) from None
     if (owner, where) != (tenant_id, keyspace):
         raise UsageError("this cursor was given out for another tenant or keyspace")
     return place
+
+
+def _checked_time(text: str) -> datetime:
+    time = datetime.fromisoformat(text)
+    if time.tzinfo is not None:
+        raise ValueError("a stored time has no zone")
+    return time
 
 
 def check_limit(limit: object) -> int:
