@@ -36,6 +36,7 @@ class EngineState:
 
     def __init__(self) -> None:
         self.verified: set[tuple[str | None, str]] = set()
+        self.first_use = threading.Lock()
         self.single_connection = threading.Lock()
         self._dialects: dict[Tables, Dialect] = {}
         self._locks: weakref.WeakKeyDictionary[

@@ -29,6 +29,7 @@ from shardgate.settling import settle
 from shardgate.sql.create import create_tables, transaction, verify_tables
 
 if TYPE_CHECKING:
+    import threading
     from collections.abc import AsyncIterator, Awaitable, Callable
 
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
@@ -122,7 +123,10 @@ class Database:
         )
 
     async def _prepare(self, names: tuple[str | None, str], *, create: bool) -> None:
-        async with self.state.lock("tables"), self._only_user():
+        # One thread at a time: of several event loops that connect an engine for the first time at
+        # once, SQLAlchemy wakes only its own loop's.
+        tables = self.state.lock("tables")
+        async with tables, _held(self.state.first_use), self._only_user():
             if names in self.state.verified:
                 return
             if create:
@@ -243,22 +247,12 @@ class Database:
 
     @asynccontextmanager
     async def _only_user(self) -> AsyncIterator[None]:
-        """Where the pool has one connection for everybody, one operation at a time uses it.
-
-        Also across event loops, hence a lock of threads, which is polled: whoever waits for it in
-        a thread of its own could be cancelled and take it all the same.
-        """
+        """Where the pool has one connection for everybody, one operation at a time uses it."""
         if not isinstance(self.engine.pool, _SINGLE_CONNECTION):
             yield
             return
-        async with self.state.lock("single connection"):
-            # No event of this loop tells that another loop's thread let go.
-            while not self.state.single_connection.acquire(blocking=False):  # noqa: ASYNC110
-                await asyncio.sleep(_POLL)
-            try:
-                yield
-            finally:
-                self.state.single_connection.release()
+        async with self.state.lock("single connection"), _held(self.state.single_connection):
+            yield
 
     async def _transaction(
         self, action: Callable[[AsyncConnection], Awaitable[T]], attempt: Attempt
@@ -270,6 +264,22 @@ class Database:
             connection = await stack.enter_async_context(transaction(self.engine))
             attempt.sent = True
             return await action(connection)
+
+
+@asynccontextmanager
+async def _held(lock: threading.Lock) -> AsyncIterator[None]:
+    """Hold a lock across event loops.
+
+    It is polled: whoever waits for it in a thread of its own could be cancelled and take it all
+    the same.
+    """
+    # No event of this loop tells that another loop's thread let go.
+    while not lock.acquire(blocking=False):  # noqa: ASYNC110
+        await asyncio.sleep(_POLL)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 class Shard(Database):
