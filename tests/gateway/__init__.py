@@ -1,0 +1,1 @@
+"""The gateway itself: putting it together, creating keyspaces, outages, listing, health."""
