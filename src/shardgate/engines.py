@@ -183,9 +183,14 @@ def _drop_closed_loops() -> None:
 
 
 def _abandon(engine: AsyncEngine) -> None:
-    """Close the idle connections of an engine whose event loop is gone, without waiting."""
+    """Let go of an engine whose event loop is gone; nothing can be waited for there any more.
+
+    aiosqlite's threads have to be told, or the interpreter waits for them at its end. A network
+    connection cannot be closed without its loop: its socket is closed when it is collected.
+    """
     pool = engine.sync_engine.pool
-    with suppress(Exception):
-        while pool.checkedin() > 0:  # type: ignore[attr-defined]  # pools that count have it
-            pool.connect().invalidate()
+    if engine.dialect.driver == SQLite.driver:
+        with suppress(Exception):
+            while pool.checkedin() > 0:  # type: ignore[attr-defined]  # pools that count have it
+                pool.connect().invalidate()
     engine.sync_engine.dispose(close=False)
