@@ -197,7 +197,6 @@ async def test_a_change_meanwhile_makes_it_step_back(change: str, store: Store) 
     assert texts(await other.get_items()) == [*kept[change], "three", "re: three"]
 
 
-@replaces_suffixes
 @only_sqlite
 async def test_the_rest_may_change_meanwhile(store: Store) -> None:
     """Only the items that are replaced must be the same."""
@@ -216,7 +215,6 @@ async def test_the_rest_may_change_meanwhile(store: Store) -> None:
     assert texts(await session.get_items()) == ["one", "two", *SHORT]
 
 
-@replaces_suffixes
 async def test_appends_at_once_are_neither_lost_nor_covered(store: Store) -> None:
     """Each replacement finds the items that it was meant for, or steps back."""
     session = store.session()
@@ -285,7 +283,6 @@ def cancel(caller: asyncio.Task[Any]) -> None:
     caller.cancel()
 
 
-@replaces_suffixes
 @pytest.mark.parametrize("spring", [throw, cancel])
 async def test_broken_off_at_any_statement_it_is_all_or_nothing(
     spring: Callable[[asyncio.Task[Any]], None], store: Store
@@ -322,6 +319,22 @@ async def test_by_hand(session: StoredSession, reference: SDKSession) -> None:
     asked, stored = await play(session)
     assert texts(stored) == [*SHORT, "three", "re: three"]
     assert (asked, stored) == await play(reference)
+
+
+@replaces_suffixes
+@only_sqlite
+async def test_by_hand_and_sealed(session: StoredSession, reference: SDKSession) -> None:
+    async def play(underlying: Any) -> tuple[Any, ...]:
+        client = FakeClient()
+        around = sealed(compacting(underlying, client, after=1000))
+        await talk(around, "one", "two")
+        await around.run_compaction({"force": True, "compaction_mode": "input"})
+        await talk(around, "three", name="b")
+        return client.asked, await around.get_items(), len(await underlying.get_items())
+
+    ours = await play(session)
+    assert texts(ours[1]) == [*SHORT, "three", "re: three"]
+    assert ours == await play(reference)
 
 
 @only_sqlite
@@ -382,7 +395,6 @@ async def test_a_subclass_with_a_format_of_its_own(store: Standalone) -> None:
     assert await store.session().get_items() == []  # nothing that is JSON
 
 
-@replaces_suffixes
 @only_sqlite
 @pytest.mark.parametrize("store", ["standalone"], indirect=True)
 async def test_a_damaged_row_is_kept(store: Standalone) -> None:

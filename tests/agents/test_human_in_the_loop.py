@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from agents import Agent, RunState, UserError, function_tool
+from agents.extensions.memory import EncryptedSession
 from sdk_runs.model import Call, Say, ScriptedModel, Think
 from sdk_runs.play import agent_with, run_plain, run_streamed, texts
 from sdk_runs.stores import Reference
@@ -71,7 +72,7 @@ async def load(agent: Agent[Any], text: str, *, approve: bool) -> RunState[Any]:
 
 
 async def decide(
-    store: Store | Reference, run: Run, *amounts: int, approve: bool
+    store: Store | Reference | Sealed, run: Run, *amounts: int, approve: bool
 ) -> tuple[list[Any], list[int], list[Any]]:
     """A pause, a restart, a decision: what the model was given, what was paid, what is stored."""
     text = await pause(asking(*amounts), run, store.session())
@@ -121,6 +122,26 @@ async def test_pauses_one_after_the_other(store: Store, reference: SQLiteSession
         return received + clerk.model.received, await store.session().get_items()
 
     assert await play(store) == await play(Reference(reference))
+
+
+class Sealed:
+    """A store whose sessions are the SDK's EncryptedSession around another store's."""
+
+    def __init__(self, store: Store | Reference) -> None:
+        self._store = store
+
+    async def restart(self) -> None:
+        await self._store.restart()
+
+    def session(self) -> EncryptedSession:
+        return EncryptedSession("chat-1", self._store.session(), encryption_key="key")
+
+
+@only_sqlite
+@pytest.mark.parametrize("approve", [True, False])
+async def test_sealed(approve: bool, store: Store, reference: SQLiteSession) -> None:
+    ours = await decide(Sealed(store), run_plain, 5, approve=approve)
+    assert ours == await decide(Sealed(Reference(reference)), run_plain, 5, approve=approve)
 
 
 class LostError(Exception):
