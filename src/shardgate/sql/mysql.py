@@ -120,8 +120,8 @@ class MySQL(Dialect):
 
     def _prepare(self) -> None:
         names = self.names() | {"now": _NOW, "coarse": str(LISTED_AT_SECONDS)}
-        # A table name may hold a percent sign; the second formatting must not read it.
-        names = {word: name.replace("%", "%%") for word, name in names.items()}
+        # A percent sign in a table's name has been doubled by SQLAlchemy, as its own formatting of
+        # parameters needs it; so does ours.
         self.append_sql = one_line(_APPEND.format_map(names))
         self.append_row_sql = one_line(_APPEND_ROW.format_map(names))
         self.tail_sql = one_line(_TAIL.format_map(names))
