@@ -62,7 +62,7 @@ async def test_nothing_readable_is_stored(store: Store) -> None:
     await two_turns(run_plain, sealed(store.session()))
     rows = await stored_rows(store)
     assert len(rows) == 6
-    for word in ("weather", "Thanks", "Wet", "assistant"):
+    for word in ("weather", "Thanks", "assistant"):  # long: short ones occur in ciphers by chance
         assert not [row for row in rows if word in row]
 
 
