@@ -14,6 +14,7 @@ from sqlalchemy import inspect, text
 from sqlalchemy.schema import CreateSchema
 
 from shardgate.errors import TablesMismatch
+from shardgate.sql.dialect import as_sqlalchemy
 from shardgate.sql.schema import ownership_check_name
 from shardgate.sql.sqlite import is_always_in_transaction
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from sqlalchemy import Connection, Inspector, Table
+    from sqlalchemy.engine.interfaces import IsolationLevel
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
     from shardgate.sql.schema import Tables
@@ -40,13 +42,26 @@ async def transaction(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
     what the lock has waited for. On SQLite it holds the write lock from the start.
     """
     sqlite = engine.dialect.name == "sqlite"
-    level = "SERIALIZABLE" if sqlite else "READ COMMITTED"
+    level: IsolationLevel = "SERIALIZABLE" if sqlite else "READ COMMITTED"
     async with engine.connect() as connection:
-        await connection.execution_options(isolation_level=level)
+        await _set_isolation(connection, level)
         async with connection.begin():
             if sqlite and not await _is_always_in_transaction(connection):
                 await connection.exec_driver_sql("BEGIN IMMEDIATE")
             yield connection
+
+
+async def _set_isolation(connection: AsyncConnection, level: IsolationLevel) -> None:
+    """Where this asks the server, SQLAlchemy neither translates errors nor drops the connection."""
+    try:
+        await connection.execution_options(isolation_level=level)
+    except connection.dialect.loaded_dbapi.Error as error:
+        pool = connection.engine.sync_engine.pool
+        pool._invalidate(await connection.get_raw_connection(), error)
+        raise as_sqlalchemy(error, connection.dialect, lost=True) from error
+    except BaseException:
+        await connection.invalidate()
+        raise
 
 
 async def _is_always_in_transaction(connection: AsyncConnection) -> bool:

@@ -112,6 +112,10 @@ class Dialect(ABC):
     def is_contention(self, error: BaseException) -> bool:
         """Whether the database rolled the statement back because of other writers."""
 
+    def is_lost(self, error: BaseException) -> bool:
+        """Whether ``error`` says that the connection is gone, where SQLAlchemy does not know it."""
+        return False
+
     async def admit(self, connection: Any) -> bool:
         """Whether a single statement on this new connection runs at READ COMMITTED."""
         return True
@@ -137,18 +141,30 @@ class Dialect(ABC):
 
     def wrap(self, error: Exception, adapted: Any) -> Exception:
         """A DBAPI exception as SQLAlchemy's execution layer would have raised it."""
-        base = self.sqlalchemy_dialect.loaded_dbapi.Error
-        if not isinstance(error, base):
-            return error
-        return DBAPIError.instance(
-            statement=None,
-            params=None,
-            orig=error,
-            dbapi_base_err=base,
-            hide_parameters=True,
-            connection_invalidated=self.sqlalchemy_dialect.is_disconnect(error, adapted, None),
-            dialect=self.sqlalchemy_dialect,
-        )
+        lost = self.is_lost(error)
+        return as_sqlalchemy(error, self.sqlalchemy_dialect, adapted=adapted, lost=lost)
+
+
+def as_sqlalchemy(
+    error: Exception, dialect: SQLAlchemyDialect, *, adapted: Any = None, lost: bool = False
+) -> Exception:
+    """The SQLAlchemy exception for a DBAPI one; any other comes back as it is.
+
+    ``lost``: the connection is known to be gone, whatever SQLAlchemy makes of the error.
+    """
+    base: Any = dialect.loaded_dbapi.Error
+    if not isinstance(error, base):
+        return error
+    translated: Exception = DBAPIError.instance(
+        statement=None,
+        params=None,
+        orig=error,
+        dbapi_base_err=base,
+        hide_parameters=True,
+        connection_invalidated=lost or dialect.is_disconnect(error, adapted, None),
+        dialect=dialect,
+    )
+    return translated
 
 
 _INDENT = re.compile(r"\s*\n\s*")

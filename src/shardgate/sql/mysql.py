@@ -180,6 +180,10 @@ class MySQL(Dialect):
         codes = (_LOCK_WAIT_TIMEOUT, _DEADLOCK, _RECORD_CHANGED)
         return isinstance(error, pymysql.MySQLError) and error.args[:1] in [(c,) for c in codes]
 
+    def is_lost(self, error: BaseException) -> bool:
+        """aiomysql closes a connection whose call was cancelled, and says so to the next one."""
+        return isinstance(error, pymysql.InterfaceError)
+
     @staticmethod
     def _ids(key: Key) -> dict[str, Any]:
         return {
