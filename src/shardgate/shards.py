@@ -137,6 +137,7 @@ class Database:
     async def _run(self, once: Callable[[Attempt], Awaitable[T]], *, writes: bool) -> T:
         """The one place where an operation is tried again: only where nothing took effect."""
         attempt, pause = Attempt(), _FIRST_PAUSE
+        rereads = 0 if writes else 1  # a connection in the pool may have died since its last use
         clock = asyncio.get_running_loop().time
         give_up = clock() + (self.deadline or CONTENTION_SECONDS)
         try:
@@ -145,7 +146,9 @@ class Database:
                     try:
                         return await once(attempt)
                     except DBAPIError as error:
-                        if not self._is_contention(error) or clock() + pause > give_up:
+                        if error.connection_invalidated and rereads:
+                            rereads -= 1
+                        elif not self._is_contention(error) or clock() + pause > give_up:
                             raise
                     attempt.sent = False
                     await asyncio.sleep(pause * random.uniform(0.5, 1))  # noqa: S311 - jitter
