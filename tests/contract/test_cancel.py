@@ -47,7 +47,8 @@ async def _cancel_after(turns: int, call: Coroutine[Any, Any, Any]) -> bool:
 
 async def test_append_at_any_moment(door: Door, engines: EngineMaker) -> None:
     session = door.session()
-    done, seen = set(), []
+    done: set[int] = set()
+    seen: list[Any] = []
     for n, turns in enumerate(_moments()):
         if await _cancel_after(turns, session.add_items(batch_of("w", n, 3))):
             done.add(n)

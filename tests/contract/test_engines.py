@@ -99,8 +99,11 @@ async def _server_default(database: Database, level: str | None) -> AsyncIterato
 async def _use_hard(session_of: Callable[[str], Session]) -> None:
     """Many tasks on one session and on others, with everything that a session can do."""
     hot = "hot"
-    spans, *_ = await asyncio.gather(
-        append_together(lambda: session_of(hot), [str(n) for n in range(20)], 4),
+    appending = asyncio.ensure_future(
+        append_together(lambda: session_of(hot), [str(n) for n in range(20)], 4)
+    )
+    await asyncio.gather(
+        appending,
         *(session_of(f"chat-{n % 6}").add_items([{"n": n}]) for n in range(24)),
         *(session_of(hot).get_items(limit=5) for _ in range(8)),
         *(session_of("cleared").clear_session() for _ in range(4)),
@@ -108,7 +111,7 @@ async def _use_hard(session_of: Callable[[str], Session]) -> None:
     )
     history = await session_of(hot).get_items()
     assert_whole(history)
-    assert_order_of_commits(history, spans)
+    assert_order_of_commits(history, appending.result())
     popped = await asyncio.gather(*(session_of(hot).pop_item() for _ in range(len(history))))
     assert len({str(item) for item in popped}) == len(history)
     assert None not in popped
@@ -165,8 +168,8 @@ async def test_a_database_in_memory(make_engine: EngineMaker, url: str) -> None:
 async def test_the_other_scheme_of_mariadb(database: Database, make_engine: EngineMaker) -> None:
     url = database.url.replace("mysql+", "mariadb+")
     await _use_hard(_standalone(make_engine(url)))
-    session = SQLAlchemySession.from_url("é", url=url)
-    await session.add_items([{"text": "é"}])  # type: ignore[list-item]  # any JSON
+    session: Any = SQLAlchemySession.from_url("é", url=url)
+    await session.add_items([{"text": "é"}])
     assert await session.get_items() == [{"text": "é"}]
     assert await session.pop_item() == {"text": "é"}
     await session.aclose()
@@ -218,8 +221,8 @@ async def _state(engine: AsyncEngine, family: str) -> list[Any]:
 async def test_an_engine_passed_in_stays_as_it_was(
     database: Database, make_engine: EngineMaker, level: str | None
 ) -> None:
-    options = {"isolation_level": level} if level else {}
-    engine = make_engine(**ONE, **options)
+    options: dict[str, Any] = ONE | ({"isolation_level": level} if level else {})
+    engine = make_engine(**options)
     before = await _state(engine, database.backend.family)
     session_of = _standalone(engine)
     await _use_hard(session_of)
@@ -233,10 +236,10 @@ async def test_the_callers_transaction_is_not_disturbed(
 ) -> None:
     """A session takes a connection of its own; what the caller rolls back is the caller's."""
     engine = make_engine()
-    session = SQLAlchemySession("chat-1", engine=engine, create_tables=True)
-    await session.add_items([{"n": 1}])  # type: ignore[list-item]  # any JSON
+    session: Any = SQLAlchemySession("chat-1", engine=engine, create_tables=True)
+    await session.add_items([{"n": 1}])
     async with engine.connect() as connection:
         await connection.execute(text("SELECT count(*) FROM agent_messages"))
-        await session.add_items([{"n": 2}])  # type: ignore[list-item]
+        await session.add_items([{"n": 2}])
         await connection.rollback()
     assert await session.get_items() == [{"n": 1}, {"n": 2}]
