@@ -8,7 +8,7 @@ from typing import Any
 from gateway.shards import item
 from shardgate import Gateway, GatewaySettings
 
-TASKS = 3
+TASKS = 2
 
 
 async def create_all(argument: dict[str, Any]) -> int:

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from harness.processes import Children
 
 PROCESSES = 4
-ROUNDS = 2
 
 
 def _values(urls: dict[str, str]) -> dict[str, Any]:
@@ -28,33 +27,23 @@ def _values(urls: dict[str, str]) -> dict[str, Any]:
     }
 
 
-async def _create_everywhere(children: Children, rounds: list[dict[str, str]]) -> None:
-    argument = {"rounds": [_values(urls) for urls in rounds]}
-    done = await children.run("gateway.creating:create_all", [argument] * PROCESSES)
-    assert done == [TASKS * len(rounds)] * PROCESSES
-
-
 @pytest.mark.processes
-async def test_empty_databases_become_one_keyspace(
-    databases: MakeDatabases, children: Children
+async def test_many_processes_make_one_keyspace(
+    databases: MakeDatabases, children: Children, gateways: Gateways
 ) -> None:
-    rounds = [named(await databases(2)) for _ in range(ROUNDS)]
-    await _create_everywhere(children, rounds)
-    for urls in rounds:
-        assert Counter(await owners(urls)) == {"a": SLOTS / 2, "b": SLOTS / 2}
+    """First of empty databases; then two new shards join one with slots, and nothing moves."""
+    *empty, old, first, last = await databases(5)
+    await gateways.open(settings_at({"m": old.url}))
+    fresh = named(empty)
+    joined = {"a": first.url, "m": old.url, "z": last.url}
+    argument = {"rounds": [_values(fresh), _values(joined)]}
+    done = await children.run("gateway.creating:create_all", [argument] * PROCESSES)
+    assert done == [TASKS * 2] * PROCESSES
+
+    assert Counter(await owners(fresh)) == {"a": SLOTS / 2, "b": SLOTS / 2}
+    assert set(await owners(joined)) == {"m"}
+    for urls in (fresh, joined):
         await check_peers(urls)
         assert len({(await identity(url))["keyspace_uuid"] for url in urls.values()}) == 1
         stored = [row for url in urls.values() for row in await records(url, "messages")]
         assert len(stored) == PROCESSES * TASKS
-
-
-@pytest.mark.processes
-async def test_new_shards_join_together_and_nothing_moves(
-    databases: MakeDatabases, children: Children, gateways: Gateways
-) -> None:
-    old, first, last = await databases(3)
-    await gateways.open(settings_at({"m": old.url}))
-    urls = {"a": first.url, "m": old.url, "z": last.url}
-    await _create_everywhere(children, [urls])
-    assert set(await owners(urls)) == {"m"}
-    await check_peers(urls)
