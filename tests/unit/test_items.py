@@ -1,0 +1,94 @@
+"""Items as text, without a database."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shardgate.errors import UsageError
+from shardgate.items import MAX_DEPTH, check_text, decode, encode
+
+TEXTS = st.text(st.characters(exclude_categories=()))
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | TEXTS,
+    lambda inner: st.lists(inner) | st.dictionaries(TEXTS, inner),
+    max_leaves=20,
+)
+
+
+def nested(depth: int) -> Any:
+    value: Any = 0
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+@given(VALUES, st.booleans())
+def test_what_is_encoded_comes_back(value: Any, ensure_ascii: bool) -> None:
+    text = encode(value, ensure_ascii=ensure_ascii)
+    assert json.dumps(decode(text), sort_keys=True) == json.dumps(value, sort_keys=True)
+
+
+@given(VALUES, st.booleans())
+def test_every_database_can_store_the_text(value: Any, ensure_ascii: bool) -> None:
+    text = encode(value, ensure_ascii=ensure_ascii)
+    text.encode()  # no lone surrogate
+    assert "\0" not in text
+    assert text.isascii() or not ensure_ascii
+    assert check_text(text) == text
+
+
+def test_ascii_only_if_asked() -> None:
+    assert encode("é", ensure_ascii=False) == '"é"'
+    assert encode("é") == '"\\u00e9"'
+    assert encode("\ud800é", ensure_ascii=False) == '"\\ud800é"'
+
+
+def test_depth_is_bounded_before_anything_recurses() -> None:
+    assert decode(encode(nested(MAX_DEPTH))) == nested(MAX_DEPTH)
+    for depth in (MAX_DEPTH + 1, 100_000):
+        with pytest.raises(UsageError, match=str(MAX_DEPTH)):
+            encode(nested(depth))
+
+
+def test_a_value_that_holds_itself_is_refused() -> None:
+    endless: list[Any] = []
+    endless.append(endless)
+    with pytest.raises(UsageError, match="nested"):
+        encode(endless)
+
+
+@pytest.mark.parametrize(
+    ("item", "said"),
+    [
+        ({"a": [0, {1}]}, r"item\['a'\]\[1\] is not JSON: a set"),
+        ({"a": {"b": b""}}, r"item\['a'\]\['b'\] is not JSON: a bytes"),
+        ({"a": {1: 2}}, r"item\['a'\] is not JSON: a key is a int"),
+        ([{"ok": 1}, (2, object())], r"item\[1\]\[1\] is not JSON: a object"),
+        (complex(1), "item is not JSON: a complex"),
+    ],
+)
+def test_the_error_names_the_place(item: Any, said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        encode(item)
+
+
+def test_a_number_with_too_many_digits() -> None:
+    with pytest.raises(UsageError, match="cannot be written"):
+        encode({"n": 10**5000})
+
+
+@pytest.mark.parametrize("text", ["", "{", "nul", '"\\u12"', "[" * 5000, "{'a': 1}", "\ufeff{}"])
+def test_what_is_no_json_cannot_be_decoded(text: str) -> None:
+    with pytest.raises((ValueError, RecursionError)):
+        decode(text)
+
+
+@pytest.mark.parametrize("text", [None, b"", 7, "a\0b", "\ud800", "x\udfff"])
+def test_text_that_no_database_stores(text: Any) -> None:
+    with pytest.raises(UsageError, match="_serialize_item"):
+        check_text(text)
