@@ -141,14 +141,16 @@ async def test_opening_with_a_frozen_shard(
 async def test_many_operations_wait_for_a_frozen_keyspace_together(
     urls: dict[str, str], proxy: CuttingProxy, gateways: Gateways
 ) -> None:
-    """Not one after the other, which would take as many deadlines as there are operations."""
+    """Not one after the other, which would take as many deadlines as there are operations, and
+    not each with a connection of its own."""
     only = {"b": urls["b"]}
     proxy.freeze()
     gateway = gateways.make(settings_at(only, **OPTIONS, create_tables=False))
-    tenant = gateway.tenant("acme")
+    tenant, before = gateway.tenant("acme"), proxy.traffic.connections
     errors = await _no_hang(*(tenant.session(str(number)).get_items() for number in range(100)))
     assert {type(error) for error in errors} == {ShardUnavailable}
     assert {error.shard for error in errors} == {"b"}
+    assert proxy.traffic.connections == before + 1
 
 
 async def test_closing_while_a_frozen_keyspace_is_waited_for(
