@@ -88,10 +88,16 @@ def _of(table: Table, key: Key) -> ColumnElement[bool]:
 
 
 async def _lock(connection: AsyncConnection, tables: Tables, key: Key) -> Any | None:
-    """Lock the session's row and read it; None where there is no such session."""
+    """Lock the session's row and read it; None where there is no such session.
+
+    Where nothing was locked, nothing may be read either: a session that was made in between is
+    somebody else's, who goes on appending to it.
+    """
     sessions = tables.sessions
     touch = update(sessions).where(_of(sessions, key)).values(revision=sessions.c.revision)
-    await connection.execute(touch)
+    locked = await connection.execute(touch)
+    if locked.rowcount == 0:
+        return None
     return (await connection.execute(select(sessions).where(_of(sessions, key)))).one_or_none()
 
 
