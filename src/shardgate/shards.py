@@ -12,7 +12,7 @@ import random
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.pool import AssertionPool, SingletonThreadPool, StaticPool
 from sqlalchemy.util import greenlet_spawn
@@ -158,6 +158,8 @@ class Database:
 
     def _fail(self, error: Exception, *, sent: bool, writes: bool) -> NoReturn:
         """Raise what the caller is to see of an operation that was ``sent``, or was not."""
+        if isinstance(error, OSError):  # asyncpg's, where nobody answers
+            raise OperationalError(None, None, error, connection_invalidated=True) from error
         raise error
 
     def _is_contention(self, error: DBAPIError) -> bool:
