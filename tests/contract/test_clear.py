@@ -115,10 +115,11 @@ async def test_what_is_left_behind_by_a_race_is_never_seen(door: Door) -> None:
         assert_whole(await door.session().get_items())
 
     acts: list[Callable[[], Awaitable[Any]]] = [door.session().clear_session, door.delete, read]
-    tasks = [asyncio.ensure_future(repeat(act)) for act in acts]
-    await asyncio.gather(*(append(n) for n in range(WRITERS)))
-    stop.set()
-    await asyncio.gather(*tasks)
+    async with asyncio.TaskGroup() as group:
+        for act in acts:
+            group.create_task(repeat(act))
+        await asyncio.gather(*(append(n) for n in range(WRITERS)))
+        stop.set()
     await door.delete(SESSION)
     assert await door.session().get_items() == []
 
