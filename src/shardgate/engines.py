@@ -19,10 +19,10 @@ from shardgate.sql.postgresql import PostgreSQL
 from shardgate.sql.sqlite import SQLite
 
 if TYPE_CHECKING:
-    from sqlalchemy import URL, Engine
+    from sqlalchemy import URL, Pool
 
     from shardgate.sql.dialect import Dialect
-    from shardgate.sql.schema import Tables
+    from shardgate.sql.schema import TableNames, Tables
 
 DIALECTS: dict[str, type[Dialect]] = {
     dialect.driver: dialect for dialect in (PostgreSQL, MySQL, SQLite)
@@ -35,32 +35,35 @@ class EngineState:
     """What is remembered of an engine as long as it lives."""
 
     def __init__(self) -> None:
-        self.verified: set[tuple[str | None, str]] = set()
+        self.verified: set[tuple[str | None, TableNames]] = set()
         self.first_use = threading.Lock()
         self.single_connection = threading.Lock()
-        self._dialects: dict[Tables, Dialect] = {}
+        self._dialects: dict[tuple[str | None, TableNames], Dialect] = {}
         self._locks: weakref.WeakKeyDictionary[
             asyncio.AbstractEventLoop, dict[str, asyncio.Lock]
         ] = weakref.WeakKeyDictionary()
 
     def lock(self, purpose: str) -> asyncio.Lock:
         """A lock of this engine, of the running event loop's own."""
+        for loop in [loop for loop in self._locks if loop.is_closed()]:
+            del self._locks[loop]  # a lock that was waited for holds its loop
         locks = self._locks.setdefault(asyncio.get_running_loop(), {})
         return locks.setdefault(purpose, asyncio.Lock())
 
     def dialect(self, engine: AsyncEngine, tables: Tables) -> Dialect:
         """The statements for ``tables`` on this engine, written once."""
-        if tables not in self._dialects:
-            self._dialects[tables] = _dialect_for(engine, tables)
-        return self._dialects[tables]
+        which = tables.metadata.schema, tables.names
+        if which not in self._dialects:
+            self._dialects[which] = _dialect_for(engine, tables)
+        return self._dialects[which]
 
 
-_states: weakref.WeakKeyDictionary[Engine, EngineState] = weakref.WeakKeyDictionary()
+_states: weakref.WeakKeyDictionary[Pool, EngineState] = weakref.WeakKeyDictionary()
 _states_guard = threading.Lock()
 
 
 def state_of(engine: AsyncEngine) -> EngineState:
-    """The one state of this engine.
+    """The one state of all engines on this pool: ``execution_options`` makes more than one.
 
     Raises:
         UsageError: it is no AsyncEngine.
@@ -71,7 +74,7 @@ def state_of(engine: AsyncEngine) -> EngineState:
             "create_async_engine makes it"
         )
     with _states_guard:
-        return _states.setdefault(engine.sync_engine, EngineState())
+        return _states.setdefault(engine.sync_engine.pool, EngineState())
 
 
 def _dialect_for(engine: AsyncEngine, tables: Tables) -> Dialect:
@@ -80,6 +83,11 @@ def _dialect_for(engine: AsyncEngine, tables: Tables) -> Dialect:
         raise UsageError(
             f"the engine's driver {driver!r} is not supported: use postgresql+asyncpg, "
             "mysql+aiomysql, mariadb+aiomysql or sqlite+aiosqlite"
+        )
+    if engine.get_execution_options().get("schema_translate_map"):
+        raise UsageError(
+            "the engine has a schema_translate_map, which the statements do not follow: use an "
+            "engine without it (a gateway's shard on PostgreSQL has the setting schema)"
         )
     return DIALECTS[driver](tables, engine.dialect)
 
@@ -92,7 +100,7 @@ def make_engine(url: str | URL, engine_kwargs: dict[str, Any]) -> AsyncEngine:
     """
     url = make_url(url)
     driver = url.get_driver_name()
-    options = dict(engine_kwargs)
+    options = {"hide_parameters": True} | engine_kwargs  # they are users' words
     if driver == MySQL.driver and "isolation_level" not in options:
         options |= {"isolation_level": "AUTOCOMMIT", "skip_autocommit_rollback": True}
     if driver == MySQL.driver and "charset" not in url.query:

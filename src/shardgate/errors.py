@@ -69,10 +69,15 @@ class Contended(TransientError):
 
 
 class OutcomeUnknown(ShardgateError):
-    """The operation was sent and the answer was lost: it may or may not have taken effect."""
+    """The operation was sent and the answer was lost: it may or may not have taken effect.
 
-    def __init__(self, message: str, *, shard: str) -> None:
+    ``op_id`` names it: ``session.settle(op_id)`` tells whether it did, and if not, sees to it that
+    it never will.
+    """
+
+    def __init__(self, message: str, *, shard: str, op_id: str | None = None) -> None:
         self.shard = shard
+        self.op_id = op_id
         super().__init__(message)
 
 

@@ -7,27 +7,27 @@ from dataclasses import dataclass, replace
 from functools import partial
 from time import perf_counter
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from sqlalchemy import text
 
 from shardgate.engines import make_engine
 from shardgate.errors import OwnershipConflict, ShardgateError, ShardUnavailable, UsageError
+from shardgate.keyspace import Keyspace
 from shardgate.listing import SessionPage, check_limit, merge, read_cursor, write_cursor
 from shardgate.router import Route, route
 from shardgate.session import GatewaySession
 from shardgate.settings import GatewaySettings
 from shardgate.settling import together
 from shardgate.shards import Shard
-from shardgate.slotmap import Plan, build_map, create, load, lost, mistaken, read_record
-from shardgate.slots import check_session_id, check_tenant_id, tenant_slots
-from shardgate.sql.dialect import Key
+from shardgate.slotmap import Plan, build_map, lost, mistaken, read_record
+from shardgate.slots import check_session_id, check_tenant_id
 from shardgate.sql.schema import TableNames, build_tables
-from shardgate.store import Store
-from shardgate.topology import Topology
+
+T = TypeVar("T")
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Awaitable, Callable, Mapping
 
     from agents.memory import SessionSettings
     from sqlalchemy import URL
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from shardgate.slotmap import ShardRecord
     from shardgate.sql.transactions import SessionInfo
-    from shardgate.topology import KeyspaceMap
+    from shardgate.store import Place, Store
 
     EngineFactory = Callable[[str, URL, dict[str, Any]], AsyncEngine]
     """Makes a shard's engine from its name, its URL and its engine options."""
@@ -115,9 +115,15 @@ class Gateway:
                 self._shards[name] = Shard(name, engine, tables, deadline=deadline)
             except UsageError as error:
                 raise UsageError(f"shard {name!r}: {error}") from None
-        self._stores = {name: Store(shard) for name, shard in self._shards.items()}
-        self._topology = Topology({})
-        self._loading: dict[str, asyncio.Task[None]] = {}
+        self._keyspaces = {
+            name: Keyspace(
+                self._plan(name),
+                {shard: self._shards[shard] for shard in settings.shards_of(name)},
+                creates=settings.create_tables,
+                deadline=settings.operation_deadline,
+            )
+            for name in settings.keyspaces
+        }
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closed = False
 
@@ -149,8 +155,9 @@ class Gateway:
             OperatorError: a keyspace was not created, or its shards contradict each other.
         """
         self._check_use()
-        keyspaces = self.settings.keyspaces
-        answers = await asyncio.gather(*map(self._map, keyspaces), return_exceptions=True)
+        answers = await asyncio.gather(
+            *(keyspace.known() for keyspace in self._keyspaces.values()), return_exceptions=True
+        )
         for answer in answers:
             if isinstance(answer, BaseException) and not isinstance(answer, ShardUnavailable):
                 raise answer
@@ -158,10 +165,7 @@ class Gateway:
     async def aclose(self) -> None:
         """Close the engines that were made here. The gateway cannot be used again."""
         self._closed = True
-        loading = list(self._loading.values())
-        for task in loading:
-            task.cancel()
-        await asyncio.gather(*loading, return_exceptions=True)
+        await together(keyspace.close() for keyspace in self._keyspaces.values())
         await together(engine.dispose() for engine in self._own_engines)
 
     async def create_tables(self) -> None:
@@ -174,10 +178,8 @@ class Gateway:
             OwnershipConflict: a shard is of another keyspace.
         """
         self._check_use()
-        for keyspace in self.settings.keyspaces:
-            plan = self._plan(keyspace)
-            await create(plan, self._shards_of(keyspace))
-            self._learn(await load(plan, self._shards_of(keyspace)))
+        for keyspace in self._keyspaces.values():
+            await keyspace.create()
 
     def tenant(self, tenant_id: str, *, keyspace: str | None = None) -> Tenant:
         """A tenant, in its keyspace: the one given, else the one that the settings say.
@@ -199,12 +201,13 @@ class Gateway:
             UsageError: an id is not one, or the gateway has not been opened.
         """
         tenant = self.tenant(tenant_id, keyspace=keyspace)
-        if tenant.keyspace not in self._topology.keyspaces:
+        known = self._keyspaces[tenant.keyspace].map
+        if known is None:
             raise UsageError(
                 f"the map of keyspace {tenant.keyspace!r} has not been read yet: open the gateway, "
                 "or use a session of this keyspace, while one of its shards answers"
             )
-        return route(self._topology, tenant.keyspace, tenant_id, check_session_id(session_id))
+        return route(known, tenant_id, check_session_id(session_id))
 
     async def check(self) -> HealthReport:
         """Ask every shard how it is and whether it is the right one, all at the same time."""
@@ -254,62 +257,22 @@ class Gateway:
         weights = {name: shard.weight for name, shard in self.settings.shards_of(keyspace).items()}
         return Plan(keyspace, shape.slots, shape.spread, weights)
 
-    def _shards_of(self, keyspace: str) -> dict[str, Shard]:
-        return {name: self._shards[name] for name in self.settings.shards_of(keyspace)}
-
-    def _learn(self, known: KeyspaceMap) -> None:
-        self._topology = self._topology.with_keyspace(known)
-
-    async def _map(self, keyspace: str) -> KeyspaceMap:
-        """The keyspace's map: as known, or learnt now, once for all who ask meanwhile.
-
-        They share the outcome: to ask again one after the other would outlast their deadlines.
-        """
-        if keyspace not in self._topology.keyspaces:
-            loading = self._loading.get(keyspace) or self._start_loading(keyspace)
-            await asyncio.wait([loading])
-            if loading.cancelled():
-                self._check_use()
-            loading.result()
-        return self._topology.keyspaces[keyspace]
-
-    def _start_loading(self, keyspace: str) -> asyncio.Task[None]:
-        def end(loading: asyncio.Task[None]) -> None:
-            del self._loading[keyspace]
-            if not loading.cancelled():
-                loading.exception()  # retrieved, in case that everybody who asked was cancelled
-
-        loading = self._loading[keyspace] = asyncio.create_task(self._load(keyspace))
-        loading.add_done_callback(end)
-        return loading
-
-    async def _load(self, keyspace: str) -> None:
-        plan, shards = self._plan(keyspace), self._shards_of(keyspace)
-        if self.settings.create_tables:
-            try:
-                await create(plan, shards)
-            except ShardUnavailable:
-                # Where the keyspace exists, the shards that answer are enough to serve.
-                self._learn(await load(plan, shards))
-                return
-        self._learn(await load(plan, shards))
-
-    async def _locate(self, keyspace: str, tenant_id: str, session_id: str) -> tuple[Store, Key]:
-        """The store that a session lives in, and its key there."""
+    async def _perform(
+        self,
+        keyspace: str,
+        tenant_id: str,
+        session_id: str,
+        act: Callable[[Store, Place], Awaitable[T]],
+    ) -> T:
         self._check_use()
-        await self._map(keyspace)
-        where = route(self._topology, keyspace, tenant_id, session_id)
-        return self._stores[where.shard], Key(tenant_id, session_id, where.h)
+        return await self._keyspaces[keyspace].perform(tenant_id, session_id, act)
 
-    async def _stores_of(self, keyspace: str, tenant_id: str) -> dict[str, Store]:
-        """The stores that can hold sessions of a tenant."""
+    async def _list(
+        self, keyspace: str, tenant_id: str, limit: int, after: Any, *, partial_: bool
+    ) -> tuple[list[list[SessionInfo]], tuple[str, ...]]:
         self._check_use()
-        known = await self._map(keyspace)
-        slots = tenant_slots(tenant_id, slots=known.slots, spread=known.spread)
-        owners: Iterable[str] = known.owners
-        if slots is not None:
-            owners = (known.owner(slot) for slot in slots)
-        return {name: self._stores[name] for name in sorted(set(owners))}
+        survey = self._keyspaces[keyspace].survey
+        return await survey(tenant_id, limit=limit, after=after, partial_=partial_)
 
     def _check_use(self) -> None:
         if self._closed:
@@ -360,7 +323,7 @@ class Tenant:
         return GatewaySession(
             self.tenant_id,
             session_id,
-            locate=partial(self._gateway._locate, self.keyspace),
+            perform=partial(self._gateway._perform, self.keyspace),
             session_settings=session_settings,
             ensure_ascii=ensure_ascii,
         )
@@ -381,8 +344,9 @@ class Tenant:
         """
         limit = check_limit(limit)
         after = None if cursor is None else read_cursor(self.tenant_id, self.keyspace, cursor)
-        stores = await self._gateway._stores_of(self.keyspace, self.tenant_id)
-        pages, unavailable = await self._pages(stores, limit + 1, after, partial_=allow_partial)
+        pages, unavailable = await self._gateway._list(
+            self.keyspace, self.tenant_id, limit + 1, after, partial_=allow_partial
+        )
         found = merge(pages, limit + 1)
         more = len(found) > limit
         return SessionPage(
@@ -393,23 +357,6 @@ class Tenant:
             unavailable_shards=unavailable,
         )
 
-    async def _pages(
-        self, stores: Mapping[str, Store], limit: int, after: Any, *, partial_: bool
-    ) -> tuple[list[list[SessionInfo]], tuple[str, ...]]:
-        answers = await asyncio.gather(
-            *(store.page(self.tenant_id, limit=limit, after=after) for store in stores.values()),
-            return_exceptions=True,
-        )
-        pages, unavailable = [], []
-        for name, answer in zip(stores, answers, strict=True):
-            if isinstance(answer, ShardUnavailable) and partial_:
-                unavailable.append(name)
-            elif isinstance(answer, BaseException):
-                raise answer
-            else:
-                pages.append(answer)
-        return pages, tuple(unavailable)
-
     async def delete_session(self, session_id: str) -> bool:
         """Remove a session with all its items; whether there was one.
 
@@ -418,5 +365,7 @@ class Tenant:
             ShardUnavailable: its shard does not answer.
         """
         session_id = check_session_id(session_id)
-        store, key = await self._gateway._locate(self.keyspace, self.tenant_id, session_id)
-        return await store.delete(key)
+        there: bool = await self._gateway._perform(
+            self.keyspace, self.tenant_id, session_id, lambda store, place: store.delete(place)
+        )
+        return there

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from shardgate.errors import UsageError
@@ -16,6 +17,7 @@ from shardgate.errors import UsageError
 MAX_DEPTH = 500
 """How deep an item may be nested: what this writes, every interpreter's decoder can read."""
 
+_DIGITS = 4000
 _LEAVES = (str, int, float, type(None))
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -36,7 +38,22 @@ def encode(item: object, *, ensure_ascii: bool = True) -> str:
 
 def decode(text: str) -> Any:
     """The item of a stored text; raises ValueError, TypeError or RecursionError if it is none."""
-    return json.loads(text)
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        raise
+    except ValueError:  # an integer of more digits than the interpreter converts at once
+        return _LONG_INTEGERS.decode(text)
+
+
+def check_items(items: object) -> list[Any]:
+    """The items of one call; refuses what would be taken apart, and what no pop could return."""
+    if isinstance(items, str | bytes | Mapping) or not isinstance(items, Iterable):
+        raise UsageError(f"items must be a list of items, not {type(items).__name__}")
+    given = list(items)
+    if any(item is None for item in given):
+        raise UsageError("an item is None: pop_item could not tell it from an empty session")
+    return given
 
 
 def check_text(text: object) -> str:
@@ -49,6 +66,18 @@ def check_text(text: object) -> str:
             "store: encode it, for example as JSON or base64"
         )
     return text
+
+
+def _long_integer(digits: str) -> int:
+    """By parts: the limit of the interpreter is on the digits of one conversion."""
+    if len(digits) <= _DIGITS:
+        return int(digits)
+    head, tail = digits[:-_DIGITS], digits[-_DIGITS:]
+    whole: int = _long_integer(head) * 10**_DIGITS
+    return whole - int(tail) if digits.startswith("-") else whole + int(tail)
+
+
+_LONG_INTEGERS = json.JSONDecoder(parse_int=_long_integer)
 
 
 def _escaped(match: re.Match[str]) -> str:

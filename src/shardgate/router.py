@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 from shardgate.slots import session_hash, slot_of, to_signed
 
 if TYPE_CHECKING:
-    from shardgate.topology import Topology
+    from shardgate.topology import KeyspaceMap
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Route:
-    """Where a session lives, as far as one topology knows.
+    """Where a session lives, as far as this map knows.
 
     ``shard`` is the name of the shard that owns ``slot`` since ``epoch``; ``h`` is the session's
     hash, signed, as it is stored.
@@ -26,16 +26,12 @@ class Route:
     h: int
 
 
-def route(topology: Topology, keyspace: str, tenant_id: str, session_id: str) -> Route:
-    """Return where a session lives. The caller has checked the ids.
-
-    Raises UsageError if the topology has no such keyspace.
-    """
-    known = topology.keyspace(keyspace)
+def route(known: KeyspaceMap, tenant_id: str, session_id: str) -> Route:
+    """Return where a session lives. The caller has checked the ids."""
     h = session_hash(tenant_id, session_id, slots=known.slots, spread=known.spread)
     slot = slot_of(h, known.slots)
     return Route(
-        keyspace=keyspace,
+        keyspace=known.name,
         slot=slot,
         shard=known.owners[slot],
         epoch=known.epochs[slot],

@@ -10,17 +10,19 @@ import sys
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from hashlib import sha256
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from uuid import uuid4
 
 from shardgate.engines import close_shared_engine, shared_engine
-from shardgate.errors import UsageError
-from shardgate.items import check_text, decode, encode
+from shardgate.errors import OutcomeUnknown, UsageError
+from shardgate.items import check_items, check_text, decode, encode
 from shardgate.shards import Database
 from shardgate.slots import check_session_id, hash_key, to_signed
-from shardgate.sql.dialect import Key
+from shardgate.sql.dialect import Key, Operation
 from shardgate.sql.schema import STANDALONE_TENANT, TableNames, build_tables
 from shardgate.sql.transactions import UndecodableError
-from shardgate.store import Codec, Store
+from shardgate.store import Codec, Place, Store
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -36,6 +38,14 @@ if TYPE_CHECKING:
 else:
     # The SDK's EncryptedSession asks type checkers, and nobody else, for the SDK's base class.
     SessionBase = ABC
+
+
+T = TypeVar("T")
+
+MAX_LIMIT = 2**31
+"""More items than any session has; what a larger limit is taken for."""
+MAX_KEY = 127
+"""The longest idempotency key, in characters."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,12 +77,6 @@ class StoredSession(SessionBase):
     ) -> None:
         self._session_settings = _checked_settings(session_settings)
         self._ensure_ascii = ensure_ascii
-        kind = type(self)
-        self._own_encoder = kind._serialize_item is not StoredSession._serialize_item
-        self._codec = Codec(
-            decode=self._deserialize_item,
-            is_json=kind._deserialize_item is StoredSession._deserialize_item,
-        )
 
     @property
     def session_settings(self) -> SessionSettings | None:
@@ -86,15 +90,24 @@ class StoredSession(SessionBase):
         self._session_settings = _checked_settings(value)
 
     @abstractmethod
-    async def _locate(self) -> tuple[Store, Key]:
-        """Where the session lives now."""
+    async def _perform(self, act: Callable[[Store, Place], Awaitable[T]]) -> T:
+        """Run ``act`` where the session lives, wherever that is by then."""
+
+    @property
+    def _codec(self) -> Codec:
+        """Made for each call: kept, it would be a cycle, and handles are to go at once."""
+        own = type(self)._deserialize_item is StoredSession._deserialize_item
+        return Codec(decode=self._deserialize_item, is_json=own)
 
     async def _serialize_item(self, item: TResponseInputItem) -> str:
         """The text to store for an item. May be overridden, together with its counterpart."""
         return encode(item, ensure_ascii=self._ensure_ascii)
 
     async def _deserialize_item(self, item: str) -> TResponseInputItem:
-        """The item of a stored text. ValueError or TypeError say that it is none."""
+        """The item of a stored text. ValueError or TypeError say that it is none.
+
+        It must not use the session's engine: a pop may call it within a transaction.
+        """
         return decode(item)  # type: ignore[no-any-return]
 
     async def get_items(
@@ -110,33 +123,57 @@ class StoredSession(SessionBase):
         limit = _checked_limit(self._default_limit() if limit is None else limit)
         if limit == 0:
             return []
-        store, key = await self._locate()
-        return await store.newest(key, limit, self._codec)
+        codec = self._codec
+        return await self._perform(lambda store, place: store.newest(place, limit, codec))
 
-    async def add_items(self, items: list[TResponseInputItem], *, wrapper: object = None) -> None:
+    async def add_items(
+        self,
+        items: list[TResponseInputItem],
+        *,
+        idempotency_key: str | None = None,
+        wrapper: object = None,
+    ) -> None:
         """Append ``items`` as one, after everything that was appended before.
 
+        Args:
+            items: the items, in their order.
+            idempotency_key: 1 to 127 characters of the caller's choice. The same key and items
+                again, in this session, change nothing and succeed.
+            wrapper: the SDK's run context, not used.
+
         Raises:
-            UsageError: an item is not JSON; nothing was written.
+            UsageError: an item is not JSON, or the key was used for other items; nothing was
+                written.
         """
-        data = [await self._text(item) for item in items]
+        data = [await self._text(item) for item in check_items(items)]
         if not data:
             return
-        store, key = await self._locate()
-        await store.append(key, data)
+        operation = _append_operation(idempotency_key, data)
+        await self._change(operation, lambda store, place: store.append(place, operation, data))
 
     async def pop_item(self, *, wrapper: object = None) -> TResponseInputItem | None:
         """Remove the newest item and return it; None where there is none.
 
         Two calls at once never return the same item. A row that cannot be decoded stays.
         """
-        store, key = await self._locate()
-        return await store.pop(key, self._codec)
+        operation, codec = _operation("pop"), self._codec
+        return await self._change(
+            operation, lambda store, place: store.pop(place, operation, codec)
+        )
 
     async def clear_session(self, *, wrapper: object = None) -> None:
         """Remove every item."""
-        store, key = await self._locate()
-        await store.clear(key)
+        operation = _operation("clear")
+        await self._change(operation, lambda store, place: store.clear(place, operation))
+
+    async def settle(self, op_id: str) -> bool:
+        """Whether an operation took effect whose outcome was unknown; if not, it never will.
+
+        Args:
+            op_id: of the ``OutcomeUnknown``. An append with an idempotency key has that key with a
+                "=" before it.
+        """
+        return await self._perform(lambda store, place: store.settle(place, op_id))
 
     async def _get_compaction_snapshot(
         self,
@@ -149,34 +186,55 @@ class StoredSession(SessionBase):
         A row that cannot be decoded is kept: the snapshot begins after it and is not complete.
         ``prune_prefix`` says of the rows before the replaced ones, oldest first, which go as well.
         """
-        store, key = await self._locate()
-        tail = await store.tail(key, limit)
+        tail = await self._perform(lambda store, place: store.tail(place, limit))
+        codec = self._codec
         items, first = await self._after_undecodable(tail)
 
         async def prune(data: str) -> bool:
-            return prune_prefix is not None and prune_prefix(await self._codec.item(data))
+            return prune_prefix is not None and prune_prefix(await codec.item(data))
 
         async def replace_suffix(start: int, output: list[TResponseInputItem]) -> bool:
             data = [await self._text(item) for item in output]
-            chosen = None if prune_prefix is None else prune
-            return await store.replace(key, tail, start=first + start, items=data, prune=chosen)
+            chosen, operation = None if prune_prefix is None else prune, _operation("replace")
+            return await self._change(
+                operation,
+                lambda store, place: store.replace(
+                    place, operation, tail, start=first + start, items=data, prune=chosen
+                ),
+            )
 
         return CompactionSnapshot(items, tail.complete and first == 0, replace_suffix)
+
+    async def _atomic_replace_items(self, items: list[TResponseInputItem]) -> bool:
+        """The hook by which the SDK's manual compaction replaces the whole history at once."""
+        data = [await self._text(item) for item in check_items(items)]
+        operation = _operation("replace")
+        return await self._change(
+            operation, lambda store, place: store.replace_all(place, operation, data)
+        )
+
+    async def _change(self, operation: Operation, act: Callable[[Store, Place], Awaitable[T]]) -> T:
+        try:
+            return await self._perform(act)
+        except OutcomeUnknown as error:
+            error.op_id = operation.op_id
+            raise
 
     async def _after_undecodable(self, tail: Tail) -> tuple[list[TResponseInputItem], int]:
         """The items after the last row that cannot be decoded, and the place of the first."""
         items: list[TResponseInputItem] = []
-        first = 0
-        for place, row in enumerate(tail.rows):
+        first, codec = 0, self._codec
+        for number, row in enumerate(tail.rows):
             try:
-                items.append(await self._codec.item(row.data))
+                items.append(await codec.item(row.data))
             except UndecodableError:
-                items, first = [], place + 1
+                items, first = [], number + 1
         return items, first
 
     async def _text(self, item: TResponseInputItem) -> str:
         text = await self._serialize_item(item)
-        return check_text(text) if self._own_encoder else text
+        plain = type(self)._serialize_item is StoredSession._serialize_item
+        return text if plain else check_text(text)
 
     def _default_limit(self) -> int | None:
         settings = self._session_settings
@@ -205,20 +263,21 @@ class GatewaySession(StoredSession):
         tenant_id: str,
         session_id: str,
         *,
-        locate: Callable[[str, str], Awaitable[tuple[Store, Key]]],
+        perform: Callable[..., Awaitable[Any]],
         session_settings: SessionSettings | dict[str, Any] | None = None,
         ensure_ascii: bool = True,
     ) -> None:
         super().__init__(session_settings=session_settings, ensure_ascii=ensure_ascii)
         self.key = SessionKey(tenant_id, check_session_id(session_id))
         self.session_id = f"{tenant_id}/{session_id}"
-        self._find = locate
+        self._on_shard = perform
 
     def __repr__(self) -> str:
         return f"GatewaySession({self.session_id!r})"
 
-    async def _locate(self) -> tuple[Store, Key]:
-        return await self._find(self.key.tenant_id, self.key.session_id)
+    async def _perform(self, act: Callable[[Store, Place], Awaitable[T]]) -> T:
+        done: T = await self._on_shard(self.key.tenant_id, self.key.session_id, act)
+        return done
 
 
 class SQLAlchemySession(StoredSession):
@@ -293,10 +352,31 @@ class SQLAlchemySession(StoredSession):
         if self._url is not None:
             await close_shared_engine(*self._url)
 
-    async def _locate(self) -> tuple[Store, Key]:
+    async def _perform(self, act: Callable[[Store, Place], Awaitable[T]]) -> T:
         database = Database(self.engine, self._tables)
         await database.ready(create=self._create_tables)
-        return Store(database), self._key
+        return await act(Store(database), Place(self._key))
+
+
+def _operation(kind: Literal["append", "pop", "clear", "replace"]) -> Operation:
+    return Operation(uuid4().hex, kind)
+
+
+def _append_operation(idempotency_key: object, data: list[str]) -> Operation:
+    """An append of its own, or the one that the caller has named.
+
+    A caller's key is marked with one character, so that no op_id of ours can be it.
+    """
+    if idempotency_key is None:
+        return _operation("append")
+    if not isinstance(idempotency_key, str) or not 1 <= len(idempotency_key) <= MAX_KEY:
+        raise UsageError(f"idempotency_key must be a str of 1 to {MAX_KEY} characters")
+    check_text(idempotency_key)
+    digest = sha256()
+    for item in data:
+        digest.update(f"{len(item)}:".encode())
+        digest.update(item.encode())
+    return Operation(f"={idempotency_key}", "append", digest.hexdigest())
 
 
 @cache
@@ -313,7 +393,7 @@ def _checked_limit(limit: object) -> int | None:
         raise UsageError(f"limit must be an integer or None, not {type(limit).__name__}")
     if limit < 0:
         raise UsageError(f"limit must not be negative: {limit}; use 0 for no items, None for all")
-    return limit
+    return min(limit, MAX_LIMIT)
 
 
 def _checked_settings(

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import random
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from sqlalchemy.exc import DBAPIError, OperationalError
@@ -30,17 +31,19 @@ from shardgate.sql.create import create_tables, transaction, verify_tables
 
 if TYPE_CHECKING:
     import threading
-    from collections.abc import AsyncIterator, Awaitable, Callable
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
     from sqlalchemy.pool import PoolProxiedConnection
 
-    from shardgate.sql.schema import Tables
+    from shardgate.sql.schema import TableNames, Tables
 
 T = TypeVar("T")
 
 CONTENTION_SECONDS = 30.0
 """How long an operation without a deadline tries again after contention."""
+OUTAGE_SECONDS = 3.0
+"""How long a lost connection is ridden over before the caller sees an error."""
 CANCELLED_SECONDS = 10.0
 """How long a cancelled write without a deadline is waited for."""
 
@@ -51,12 +54,59 @@ _READ_COMMITTED = "shardgate.read_committed"
 
 
 class Attempt:
-    """How far an attempt has come: before ``sent``, nothing can have taken effect."""
+    """How far an operation has come.
 
-    __slots__ = ("sent",)
+    ``sent``: the attempt under way has reached the driver. ``lost``: an attempt that was sent has
+    not been answered, so it may have taken effect.
+    """
+
+    __slots__ = ("lost", "sent")
 
     def __init__(self) -> None:
         self.sent = False
+        self.lost = False
+
+
+class Patience:
+    """How long an operation is tried again, and how long it waits before it is."""
+
+    def __init__(self, seconds: float, *, outage: float) -> None:
+        self._clock = asyncio.get_running_loop().time
+        self._give_up = self._clock() + seconds
+        self._outage = outage
+        self._outage_ends: float | None = None
+        self._next = _FIRST_PAUSE
+
+    def with_contention(self) -> bool:
+        """Whether to try again because other writers were in the way."""
+        return self._clock() + self._next < self._give_up
+
+    def with_outage(self) -> bool:
+        """Whether to try again because the connection was lost: short trouble is ridden over."""
+        if self._outage_ends is None:
+            self._outage_ends = self._clock() + self._outage
+        return self._clock() + self._next < min(self._outage_ends, self._give_up)
+
+    async def pause(self) -> None:
+        """Wait a little, longer each time, and not at the same moment as everybody else."""
+        await asyncio.sleep(self._next * random.uniform(0.5, 1))  # noqa: S311 - jitter
+        self._next = min(2 * self._next, _LONGEST_PAUSE)
+
+
+class Outage:
+    """A shard that does not answer: one operation at a time finds out whether it is back."""
+
+    def __init__(self) -> None:
+        self.probed = False
+
+    @contextmanager
+    def probe(self) -> Iterator[None]:
+        """Be the one that asks."""
+        self.probed = True
+        try:
+            yield
+        finally:
+            self.probed = False
 
 
 class Database:
@@ -76,28 +126,19 @@ class Database:
 
     async def read(self, action: Callable[[Any], Awaitable[T]]) -> T:
         """Run ``action`` on a driver's connection; it must not change anything."""
-        return await self._run(lambda attempt: self._once(action, attempt), writes=False)
+        return await self._run(partial(self._once, action), Attempt(), writes=False)
 
     async def write(self, action: Callable[[Any], Awaitable[T]]) -> T:
         """Run ``action`` on a driver's connection; it takes effect whole or not at all."""
-        return await settle(
-            self._run(lambda attempt: self._alone(action, attempt), writes=True),
-            grace=CANCELLED_SECONDS,
-        )
+        return await self._settled(partial(self._alone, action))
 
     async def transact(self, action: Callable[[AsyncConnection], Awaitable[T]]) -> T:
         """Run ``action`` in a transaction of several statements that locks before it reads."""
-        return await settle(
-            self._run(lambda attempt: self._transaction(action, attempt), writes=True),
-            grace=CANCELLED_SECONDS,
-        )
+        return await self._settled(partial(self._transaction, action))
 
     async def query(self, action: Callable[[AsyncConnection], Awaitable[T]]) -> T:
         """Run ``action``, which only reads, on a SQLAlchemy connection."""
-        return await settle(
-            self._run(lambda attempt: self._query(action, attempt), writes=False),
-            grace=CANCELLED_SECONDS,
-        )
+        return await self._settled(partial(self._query, action), writes=False)
 
     async def _query(
         self, action: Callable[[AsyncConnection], Awaitable[T]], attempt: Attempt
@@ -112,17 +153,16 @@ class Database:
         ``afresh``: look again, whatever is remembered. Tables that do not exist are no error here:
         the statement that needs them says so.
         """
-        names = (self.tables.metadata.schema, self.tables.names.sessions)
+        names = (self.tables.metadata.schema, self.tables.names)
         if afresh:
             self.state.verified.discard(names)
         if names in self.state.verified:
             return
-        await settle(
-            self._run(lambda attempt: self._prepare(names, create=create), writes=True),
-            grace=CANCELLED_SECONDS,
-        )
+        await self._settled(partial(self._prepare, names, create=create))
 
-    async def _prepare(self, names: tuple[str | None, str], *, create: bool) -> None:
+    async def _prepare(
+        self, names: tuple[str | None, TableNames], attempt: Attempt, *, create: bool
+    ) -> None:
         # One thread at a time: of several event loops that connect an engine for the first time at
         # once, SQLAlchemy wakes only its own loop's.
         tables = self.state.lock("tables")
@@ -130,43 +170,83 @@ class Database:
             if names in self.state.verified:
                 return
             if create:
+                attempt.sent = True
                 await create_tables(self.engine, self.tables)
             if create or await verify_tables(self.engine, self.tables):
                 self.state.verified.add(names)
 
-    async def _run(self, once: Callable[[Attempt], Awaitable[T]], *, writes: bool) -> T:
-        """The one place where an operation is tried again: only where nothing took effect."""
-        attempt, pause = Attempt(), _FIRST_PAUSE
-        rereads = 0 if writes else 1  # a connection in the pool may have died since its last use
-        clock = asyncio.get_running_loop().time
-        give_up = clock() + (self.deadline or CONTENTION_SECONDS)
+    async def _settled(self, once: Callable[[Attempt], Awaitable[T]], *, writes: bool = True) -> T:
+        """Run an operation; from when it is sent, a cancelled caller waits for its outcome."""
+        attempt = Attempt()
+        return await settle(
+            self._run(once, attempt, writes=writes),
+            grace=CANCELLED_SECONDS,
+            begun=lambda: attempt.sent or attempt.lost,
+        )
+
+    async def _run(
+        self,
+        once: Callable[[Attempt], Awaitable[T]],
+        attempt: Attempt,
+        *,
+        writes: bool,
+        outage: float = OUTAGE_SECONDS,
+    ) -> T:
+        """The one place where an operation is tried again, within bounds."""
+        patience = Patience(self.deadline or CONTENTION_SECONDS, outage=outage)
         try:
             async with asyncio.timeout(self.deadline):
                 while True:
                     try:
                         return await once(attempt)
-                    except DBAPIError as error:
-                        if error.connection_invalidated and rereads:
-                            rereads -= 1
-                        elif not self._is_contention(error) or clock() + pause > give_up:
-                            raise
-                    attempt.sent = False
-                    await asyncio.sleep(pause * random.uniform(0.5, 1))  # noqa: S311 - jitter
-                    pause = min(2 * pause, _LONGEST_PAUSE)
-        except (DBAPIError, PoolTimeout, OSError) as error:
-            self._fail(error, sent=attempt.sent, writes=writes)
+                    except (DBAPIError, OSError) as error:
+                        self._take(error, attempt, patience)
+                    await patience.pause()
+        except Exception as error:
+            foreseen = isinstance(error, DBAPIError | PoolTimeout | OSError)
+            if not foreseen and (attempt.sent or isinstance(error, ShardgateError)):
+                raise
+            lost = attempt.lost or (attempt.sent and isinstance(error, TimeoutError))
+            self._fail(error, sent=attempt.sent, unknown=lost and writes)
 
-    def _fail(self, error: Exception, *, sent: bool, writes: bool) -> NoReturn:
-        """Raise what the caller is to see of an operation that was ``sent``, or was not."""
+    def _take(self, error: DBAPIError | OSError, attempt: Attempt, patience: Patience) -> None:
+        """Note what an attempt's error means; raises it where another attempt is of no use.
+
+        After contention nothing has taken effect. After a lost connection it may have: but every
+        change carries its op_id, so that sending it again is safe, and lets it take effect once.
+        """
+        if isinstance(error, DBAPIError) and self._is_contention(error):
+            if not patience.with_contention():
+                raise error
+        elif self._is_lost(error, attempt):
+            answered = isinstance(error, DBAPIError) and not error.connection_invalidated
+            attempt.lost |= attempt.sent and not answered
+            if not patience.with_outage():
+                raise error
+        else:
+            raise error
+        attempt.sent = False
+
+    def _is_lost(self, error: DBAPIError | OSError, attempt: Attempt) -> bool:
+        """Whether the connection is gone, or could not be made."""
+        if isinstance(error, TimeoutError):
+            return False
+        if not isinstance(error, DBAPIError) or not attempt.sent:
+            return True
+        return error.connection_invalidated or self._is_passing(error)
+
+    def _is_passing(self, error: DBAPIError) -> bool:
+        """Whether the server has refused for now: cancelled, or read-only after a failover."""
+        return error.orig is not None and self.dialect.is_passing(driver_error(error))
+
+    def _fail(self, error: Exception, *, sent: bool, unknown: bool) -> NoReturn:
+        """Raise what the caller is to see. ``unknown``: a write was sent and its answer lost."""
         if isinstance(error, OSError):  # asyncpg's, where nobody answers
             raise OperationalError(None, None, error, connection_invalidated=True) from error
         raise error
 
     def _is_contention(self, error: DBAPIError) -> bool:
-        original = error.orig
-        if original is None:
-            return False
-        return any(map(self.dialect.is_contention, (original, original.__cause__ or original)))
+        return error.orig is not None and self.dialect.is_contention(driver_error(error))
 
     async def _alone(self, action: Callable[[Any], Awaitable[T]], attempt: Attempt) -> T:
         """SQLite has one writer: tasks of this loop queue in order instead of polling its lock."""
@@ -183,6 +263,10 @@ class Database:
         self, action: Callable[[Any], Awaitable[T]], connection: PoolProxiedConnection, attempt: Any
     ) -> T:
         driver: Any = connection.driver_connection
+        if self.dialect.in_transaction(driver):
+            # A listener of the pool has left one open; what it has set in it is to stay.
+            adapted: Any = connection.dbapi_connection
+            await greenlet_spawn(adapted.commit)
         if await self._is_read_committed(connection):
             attempt.sent = True
             return await action(driver)
@@ -202,6 +286,7 @@ class Database:
 
     @asynccontextmanager
     async def _checked_out(self, attempt: Attempt) -> AsyncIterator[PoolProxiedConnection]:
+        pool = self.engine.sync_engine.pool
         connection = await self._check_out()
         try:
             yield connection
@@ -215,7 +300,10 @@ class Database:
             await self._give_up(connection)
             raise
         else:
-            await greenlet_spawn(connection.close)
+            if self.engine.sync_engine.pool is not pool:
+                connection.invalidate()  # the engine was closed meanwhile, its pool with it
+            else:
+                await greenlet_spawn(connection.close)
 
     async def _check_out(self) -> PoolProxiedConnection:
         try:
@@ -228,14 +316,19 @@ class Database:
         if not isinstance(error, DBAPIError | ShardgateError):
             connection.invalidate(error)  # the driver itself has failed, or the network
             return
+        if isinstance(error, DBAPIError) and self._is_passing(error):
+            connection.invalidate(error)  # the server may take another one
+            return
         if isinstance(error, DBAPIError) and error.connection_invalidated:
             # What ended this connection has ended its elders too: the next call gets a new one.
             self.engine.sync_engine.pool._invalidate(connection, error)
             return
         try:
             await self.dialect.abandon(connection.driver_connection)
-        except Exception as failure:  # noqa: BLE001 - whatever it is, the connection is no good
+        except BaseException as failure:  # whatever it is, the connection is no good
             connection.invalidate(failure)
+            if not isinstance(failure, Exception):
+                raise
         else:
             await greenlet_spawn(connection.close)
 
@@ -262,11 +355,17 @@ class Database:
     async def _transaction(
         self, action: Callable[[AsyncConnection], Awaitable[T]], attempt: Attempt
     ) -> T:
-        async with AsyncExitStack() as stack:
-            if self.dialect.one_thread:
-                await stack.enter_async_context(self.state.lock("write"))
-            await stack.enter_async_context(self._only_user())
-            connection = await stack.enter_async_context(transaction(self.engine))
+        if not self.dialect.one_thread:
+            return await self._whole(action, attempt)
+        async with self.state.lock("write"):
+            # To its end, whatever the deadline: a SQLite connection that is dropped half-way keeps
+            # the database's write lock until it is collected.
+            return await settle(self._whole(action, attempt))
+
+    async def _whole(
+        self, action: Callable[[AsyncConnection], Awaitable[T]], attempt: Attempt
+    ) -> T:
+        async with self._only_user(), transaction(self.engine) as connection:
             attempt.sent = True
             return await action(connection)
 
@@ -294,12 +393,44 @@ class Shard(Database):
         super().__init__(engine, tables)
         self.name = name
         self.deadline = deadline
+        self._answered = 0.0
+        self._outage: Outage | None = None
 
     def __repr__(self) -> str:
         return f"Shard({self.name!r})"
 
-    def _fail(self, error: Exception, *, sent: bool, writes: bool) -> NoReturn:
-        unknown = sent and writes
+    async def _run(
+        self,
+        once: Callable[[Attempt], Awaitable[T]],
+        attempt: Attempt,
+        *,
+        writes: bool,
+        outage: float = OUTAGE_SECONDS,
+    ) -> T:
+        """Run an operation; while the shard is down, fail at once, but for one probe at a time."""
+        clock = asyncio.get_running_loop().time
+        if self._outage is None:
+            began = clock()
+            try:
+                answer = await super()._run(once, attempt, writes=writes, outage=outage)
+            except (ShardUnavailable, OutcomeUnknown):
+                if self._answered < began:  # nobody else has had an answer meanwhile either
+                    self._outage = Outage()
+                raise
+            self._answered = clock()
+            return answer
+        if self._outage.probed:
+            raise ShardUnavailable(
+                f"shard {self.name!r} is down: another operation is asking whether it is back, and "
+                "until it answers, all others fail at once",
+                shard=self.name,
+            )
+        with self._outage.probe():
+            answer = await super()._run(once, attempt, writes=writes, outage=0)
+        self._answered, self._outage = clock(), None
+        return answer
+
+    def _fail(self, error: Exception, *, sent: bool, unknown: bool) -> NoReturn:
         if isinstance(error, TimeoutError):
             late = f"did not answer within {self.deadline:g} seconds"
             raise self._unavailable(late, unknown=unknown) from error
@@ -310,7 +441,7 @@ class Shard(Database):
             raise Contended(
                 f"shard {self.name!r} kept refusing because of other writers: {_brief(error)}"
             ) from error
-        if sent and not error.connection_invalidated:
+        if sent and not error.connection_invalidated and not self._is_passing(error):
             raise OperatorError(
                 f"shard {self.name!r} refused a statement: {_brief(error)}"
             ) from error
@@ -324,6 +455,12 @@ class Shard(Database):
                 shard=self.name,
             )
         return ShardUnavailable(message, shard=self.name)
+
+
+def driver_error(error: DBAPIError) -> BaseException:
+    """The driver's own error: SQLAlchemy's adapter for asyncpg has another in between."""
+    original = error.orig or error
+    return original.__cause__ or original
 
 
 def _brief(error: Exception) -> str:

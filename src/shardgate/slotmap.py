@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-from sqlalchemy import func, insert, inspect, select, update
+from sqlalchemy import and_, func, insert, inspect, select, update
 from sqlalchemy.exc import IntegrityError
 
 from shardgate.errors import (
@@ -42,7 +42,9 @@ if TYPE_CHECKING:
 HASH = "mmh3-x64-128-low64/1"
 """How ``h`` is made; a keyspace made in another way must not be written to."""
 
-OWNED, DRAINING = "owned", "draining"
+OWNED, DRAINING, ELSEWHERE = "owned", "draining", "elsewhere"
+"""A slot's states in a shard's record: owned or draining are claims, elsewhere is a hint."""
+ADMITTED = "admitted"
 _CLAIMING = (OWNED, DRAINING)
 _FIRST_EPOCH = 1
 
@@ -188,6 +190,7 @@ def build_map(plan: Plan, records: Mapping[str, ShardRecord]) -> KeyspaceMap:
         spread=plan.spread,
         owners=tuple(_named(plan, slot, best, names) for slot in range(plan.slots)),
         epochs=tuple(best[slot][0][0] for slot in range(plan.slots)),
+        uuids={name: uuid for uuid, name in names.items()},
     )
 
 
@@ -329,7 +332,7 @@ async def _establish(
         plan, {name: ShardRecord(identity, {}, ()) for name, identity in identities.items()}
     )
     rows = await _first_rows(plan, shards[anchor], identities)
-    await together(_copy_rows(shards[name], rows) for name in others)
+    await together(_copy_rows(shards[name], rows, identities[name].shard_uuid) for name in others)
     await together(_introduce(shards[name], name, identities) for name in shards)
 
 
@@ -385,18 +388,19 @@ async def _first_rows(
             SlotRow(slot, identities[owner].shard_uuid, OWNED, _FIRST_EPOCH)
             for slot, owner in enumerate(owners)
         )
-        await _insert_rows(connection, shard.tables, rows)
+        await _insert_rows(connection, shard.tables, rows, own)
         return rows
 
+    own = identities[shard.name].shard_uuid
     return await shard.transact(act)
 
 
-async def _copy_rows(shard: Shard, rows: tuple[SlotRow, ...]) -> None:
+async def _copy_rows(shard: Shard, rows: tuple[SlotRow, ...], own: str) -> None:
     async def act(connection: AsyncConnection) -> None:
         await _lock_map(connection, shard.tables)
         count = select(func.count()).select_from(shard.tables.slots)
         if not (await connection.execute(count)).scalar_one():
-            await _insert_rows(connection, shard.tables, rows)
+            await _insert_rows(connection, shard.tables, rows, own)
 
     await shard.transact(act)
 
@@ -407,12 +411,18 @@ async def _lock_map(connection: AsyncConnection, tables: Tables) -> None:
 
 
 async def _insert_rows(
-    connection: AsyncConnection, tables: Tables, rows: tuple[SlotRow, ...]
+    connection: AsyncConnection, tables: Tables, rows: tuple[SlotRow, ...], own: str
 ) -> None:
+    """Insert the rows as the shard ``own`` has them: those about others are hints."""
     await connection.execute(
         insert(tables.slots),
         [
-            {"slot": row.slot, "owner": row.owner, "state": row.state, "epoch": row.epoch}
+            {
+                "slot": row.slot,
+                "owner": row.owner,
+                "state": OWNED if row.owner == own else ELSEWHERE,
+                "epoch": row.epoch,
+            }
             for row in rows
         ],
     )
@@ -437,3 +447,73 @@ async def _introduce(shard: Shard, name: str, identities: Mapping[str, Identity]
                 )
 
     await shard.transact(act)
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """What a shard says of itself, of one slot and of one tenant: why a guard has failed there."""
+
+    shard_uuid: str | None
+    slot: SlotRow | None
+    tenant: str | None
+
+
+async def standing(shard: Shard, slot: int, tenant_id: str) -> Standing:
+    """Ask a shard for its standing."""
+
+    async def act(connection: AsyncConnection) -> Standing:
+        tables = shard.tables
+        identity = await connection.execute(select(tables.shard.c.shard_uuid))
+        columns = [tables.slots.c[field] for field in SlotRow.__dataclass_fields__]
+        row = (
+            await connection.execute(select(*columns).where(tables.slots.c.slot == slot))
+        ).one_or_none()
+        tenant = await connection.execute(
+            select(tables.tenants.c.status).where(tables.tenants.c.tenant_id == tenant_id)
+        )
+        return Standing(
+            shard_uuid=identity.scalar_one_or_none(),
+            slot=None if row is None else SlotRow(*row),
+            tenant=tenant.scalar_one_or_none(),
+        )
+
+    return await shard.query(act)
+
+
+async def owned_slots(shard: Shard) -> tuple[int, frozenset[int]]:
+    """The slots that a shard owns, with the version of its slot map that they belong to."""
+
+    async def act(connection: AsyncConnection) -> tuple[int, frozenset[int]]:
+        tables = shard.tables
+        rows = await connection.execute(
+            select(tables.shard.c.map_version, tables.slots.c.slot).select_from(
+                tables.shard.outerjoin(
+                    tables.slots,
+                    and_(
+                        tables.slots.c.owner == tables.shard.c.shard_uuid,
+                        tables.slots.c.state == OWNED,
+                    ),
+                )
+            )
+        )
+        found = rows.all()
+        return found[0][0], frozenset(slot for _, slot in found if slot is not None)
+
+    return await shard.query(act)
+
+
+async def admit(shard: Shard, tenant_id: str) -> None:
+    """Write the tenant's row on a shard, if there is none: an absent row cannot be locked."""
+
+    async def act(connection: AsyncConnection) -> None:
+        await connection.execute(
+            insert(shard.tables.tenants).values(
+                tenant_id=tenant_id, status=ADMITTED, created_at=utc_now(), updated_at=utc_now()
+            )
+        )
+
+    try:
+        await shard.transact(act)
+    except Exception as error:
+        if not _is_taken(error):
+            raise

@@ -8,18 +8,22 @@ from __future__ import annotations
 import logging
 import secrets
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from shardgate.errors import UsageError
 from shardgate.sql import transactions
-from shardgate.sql.transactions import UndecodableError
+from shardgate.sql.dialect import Operation, Outcome
+from shardgate.sql.transactions import RefusedError, UndecodableError
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
     from datetime import datetime
 
     from shardgate.shards import Database
-    from shardgate.sql.dialect import Key, Popped, Row
-    from shardgate.sql.transactions import SessionInfo, Tail
+    from shardgate.sql.dialect import Guard, Key, Row
+    from shardgate.sql.transactions import Listed, RecordedOp, Tail
+
+T = TypeVar("T")
 
 logger = logging.getLogger("shardgate")
 
@@ -46,13 +50,25 @@ class Codec:
             raise UndecodableError(str(error)) from error
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A session on a database: which rows, and the guard under which they may be touched."""
+
+    key: Key
+    guard: Guard | None = None
+
+
 class Store:
-    """Sessions on one database."""
+    """Sessions on one database.
+
+    Every method raises RefusedError where the guard of its place fails: nothing was seen or
+    changed, and the session has to be looked for elsewhere.
+    """
 
     def __init__(self, database: Database) -> None:
         self.database = database
 
-    async def newest(self, key: Key, limit: int | None, codec: Codec) -> list[Any]:
+    async def newest(self, place: Place, limit: int | None, codec: Codec) -> list[Any]:
         """The newest ``limit`` valid items (None: all), oldest first.
 
         Rows that cannot be decoded do not count. Where some are met, a longer tail is read anew, so
@@ -60,16 +76,21 @@ class Store:
         """
         window = limit
         while True:
-            rows = await self._tail(key, window)
-            items = await self._decoded(key, rows, codec)
+            rows = await self._tail(place, window)
+            items = await self._decoded(place.key, rows, codec)
             whole = window is None or len(rows) < window
             if whole or limit is None or len(items) >= limit:
                 return items if limit is None else items[-limit:]
             window = 2 * len(rows)
 
-    async def _tail(self, key: Key, limit: int | None) -> list[Row]:
-        dialect = self.database.dialect
-        return await self.database.read(lambda connection: dialect.tail(connection, key, limit))
+    async def _tail(self, place: Place, limit: int | None) -> list[Row]:
+        tail = self.database.dialect.tail
+        rows = await self.database.read(
+            lambda connection: tail(connection, place.key, place.guard, limit)
+        )
+        if rows is None:
+            raise RefusedError
+        return rows
 
     async def _decoded(self, key: Key, newest_first: Sequence[Row], codec: Codec) -> list[Any]:
         items, skipped = [], 0
@@ -81,55 +102,93 @@ class Store:
         _log_skipped(key, skipped)
         return items
 
-    async def append(self, key: Key, items: Sequence[str]) -> None:
-        """Append ``items`` as one: nothing comes between them, and they come back in this order."""
-        dialect, incarnation = self.database.dialect, secrets.randbits(_INCARNATION_BITS)
-        await self.database.write(
-            lambda connection: dialect.append(connection, key, items, incarnation)
-        )
+    async def append(self, place: Place, operation: Operation, items: Sequence[str]) -> None:
+        """Append ``items`` as one: nothing comes between them, and they come back in this order.
 
-    async def pop(self, key: Key, codec: Codec) -> Any | None:
+        Raises:
+            UsageError: the operation's id has been used before, for something else.
+        """
+        append, incarnation = self.database.dialect.append, secrets.randbits(_INCARNATION_BITS)
+        outcome = await self.database.write(
+            lambda connection: append(
+                connection, place.key, place.guard, operation, items, incarnation
+            )
+        )
+        await self._accept(place, operation, outcome)
+
+    async def pop(self, place: Place, operation: Operation, codec: Codec) -> Any | None:
         """Remove the newest item that can be decoded and return it; None where there is none.
 
         The first attempts are one statement each, without a lock held between two round trips. It
-        is not used where only the codec can tell whether a row is an item.
+        is not used where only the codec can tell whether a row is an item. What was removed is
+        recorded with the operation, so that a repetition of it returns the same item.
         """
         for _ in range(_OPTIMISTIC_POPS if codec.is_json else 0):
-            popped = await self._pop(key)
-            if popped.outcome == "empty":
+            outcome, data = await self._pop(place, operation)
+            if outcome is Outcome.EMPTY:
                 return None
-            if popped.data is not None:
-                return await codec.item(popped.data)
-            if popped.outcome == "undecodable":
+            if outcome is Outcome.REFUSED:
+                raise RefusedError
+            if data is not None:
+                return await codec.item(data)
+            if outcome is not Outcome.CONTENDED:
                 break
-        item, skipped = await self.database.transact(
-            lambda connection: transactions.pop_decodable(
-                connection, self.database.tables, key, codec.item
-            )
+        item, skipped = await self._transact(
+            transactions.pop_decodable, place.key, place.guard, operation, codec.item
         )
-        _log_skipped(key, skipped)
+        _log_skipped(place.key, skipped)
         return item
 
-    async def _pop(self, key: Key) -> Popped:
-        dialect = self.database.dialect
-        return await self.database.write(lambda connection: dialect.pop(connection, key))
+    async def _pop(self, place: Place, operation: Operation) -> tuple[Outcome, str | None]:
+        pop = self.database.dialect.pop
+        return await self.database.write(
+            lambda connection: pop(connection, place.key, place.guard, operation)
+        )
 
-    async def clear(self, key: Key) -> None:
+    async def clear(self, place: Place, operation: Operation) -> None:
         """Remove every item; the session stays, and its numbers go on."""
-        dialect = self.database.dialect
-        await self.database.write(lambda connection: dialect.clear(connection, key))
+        clear = self.database.dialect.clear
+        outcome = await self.database.write(
+            lambda connection: clear(connection, place.key, place.guard, operation)
+        )
+        await self._accept(place, operation, outcome)
 
-    async def delete(self, key: Key) -> bool:
+    async def _accept(self, place: Place, operation: Operation, outcome: Outcome) -> None:
+        """Take the outcome of a change: a repetition of the same is a success."""
+        if outcome is Outcome.REFUSED:
+            raise RefusedError
+        if outcome is Outcome.REPEATED:
+            known = await self.recorded(place, operation.op_id)
+            if known is None or (known.kind, known.fingerprint) != (
+                operation.kind,
+                operation.fingerprint,
+            ):
+                raise UsageError(
+                    f"the idempotency key {operation.op_id!r} was used before in this session, for "
+                    "other items or another operation: use a new one"
+                )
+
+    async def recorded(self, place: Place, op_id: str) -> RecordedOp | None:
+        """What is recorded of an operation; None where it has not taken effect (so far)."""
+        return await self._query(transactions.find_op, place.key, op_id)
+
+    async def settle(self, place: Place, op_id: str) -> bool:
+        """Whether the operation took effect; if not, it is burnt, and never will."""
+        burn = transactions.burn_op
+        return await self._transact(burn, place.key, place.guard, op_id) is not None
+
+    async def delete(self, place: Place) -> bool:
         """Remove the session; whether there was one."""
-        return await self.database.transact(self._bound(transactions.delete_session, key))
+        return await self._transact(transactions.delete_session, place.key, place.guard)
 
-    async def tail(self, key: Key, limit: int) -> Tail:
+    async def tail(self, place: Place, limit: int) -> Tail:
         """The newest ``limit`` rows with their numbers, to be replaced by :meth:`replace`."""
-        return await self.database.query(self._bound(transactions.read_tail, key, limit))
+        return await self._transact(transactions.read_tail, place.key, place.guard, limit)
 
     async def replace(
         self,
-        key: Key,
+        place: Place,
+        operation: Operation,
         tail: Tail,
         *,
         start: int,
@@ -140,27 +199,40 @@ class Store:
         expected = [row.seq for row in tail.rows[start:]]
         if not expected:
             return False
-        return await self.database.transact(
-            self._bound(
-                transactions.replace_tail,
-                key,
-                incarnation=tail.incarnation,
-                expected=expected,
-                items=items,
-                prune=prune,
-            )
+        return await self._transact(
+            transactions.replace_tail,
+            place.key,
+            place.guard,
+            operation,
+            incarnation=tail.incarnation,
+            expected=expected,
+            items=items,
+            prune=prune,
+        )
+
+    async def replace_all(self, place: Place, operation: Operation, items: Sequence[str]) -> bool:
+        """Put ``items`` in the place of everything; False where there is no such session."""
+        return await self._transact(
+            transactions.replace_all, place.key, place.guard, operation, items=items
         )
 
     async def page(
         self, tenant_id: str, *, limit: int, after: tuple[datetime, str] | None
-    ) -> list[SessionInfo]:
-        """The tenant's next ``limit`` sessions on this database, most recently used first."""
-        return await self.database.query(
-            self._bound(transactions.list_sessions, tenant_id, limit=limit, after=after)
+    ) -> Listed:
+        """The tenant's next ``limit`` rows on this database, most recently used first."""
+        return await self._query(transactions.list_sessions, tenant_id, limit=limit, after=after)
+
+    async def _transact(self, act: Callable[..., Awaitable[T]], *values: Any, **more: Any) -> T:
+        tables = self.database.tables
+        return await self.database.transact(
+            lambda connection: act(connection, tables, *values, **more)
         )
 
-    def _bound(self, act: Callable[..., Awaitable[Any]], *arguments: Any, **options: Any) -> Any:
-        return lambda connection: act(connection, self.database.tables, *arguments, **options)
+    async def _query(self, act: Callable[..., Awaitable[T]], *values: Any, **more: Any) -> T:
+        tables = self.database.tables
+        return await self.database.query(
+            lambda connection: act(connection, tables, *values, **more)
+        )
 
 
 def _log_skipped(key: Key, skipped: int) -> None:

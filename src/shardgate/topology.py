@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from itertools import chain, repeat
 from types import MappingProxyType
@@ -27,7 +27,8 @@ class KeyspaceMap:
 
     ``owners`` and ``epochs`` have one entry for each slot, in slot order: the name of the shard
     that owns it, and the epoch of that claim (0 or more, it only grows). ``spread`` is the number
-    of slots that one tenant may use at most, or None for all. Raises UsageError if they disagree.
+    of slots that one tenant may use at most, or None for all. ``uuids`` has the UUID of each shard
+    that is known. Raises UsageError if they disagree.
     """
 
     name: str
@@ -35,10 +36,12 @@ class KeyspaceMap:
     spread: int | None
     owners: tuple[str, ...]
     epochs: tuple[int, ...]
+    uuids: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "owners", tuple(self.owners))
         object.__setattr__(self, "epochs", tuple(self.epochs))
+        object.__setattr__(self, "uuids", MappingProxyType(dict(self.uuids)))
         check_slot_count(self.slots)
         if problem := self._problem():
             raise UsageError(f"keyspace {self.name!r}: {problem}")
@@ -78,37 +81,6 @@ class KeyspaceMap:
             owners=(*self.owners[:slot], owner, *self.owners[slot + 1 :]),
             epochs=(*self.epochs[:slot], epoch, *self.epochs[slot + 1 :]),
         )
-
-
-@dataclass(frozen=True, slots=True)
-class Topology:
-    """The slot maps of all keyspaces, by name. The mapping is copied and cannot be changed."""
-
-    keyspaces: Mapping[str, KeyspaceMap]
-
-    def __post_init__(self) -> None:
-        for name, keyspace in self.keyspaces.items():
-            if name != keyspace.name:
-                raise UsageError(f"the slot map of {keyspace.name!r} is filed under {name!r}")
-        object.__setattr__(self, "keyspaces", MappingProxyType(dict(self.keyspaces)))
-
-    def keyspace(self, name: str) -> KeyspaceMap:
-        """Return one keyspace's map. Raises UsageError if there is none of that name."""
-        try:
-            return self.keyspaces[name]
-        except KeyError:
-            known = ", ".join(sorted(self.keyspaces)) or "none"
-            raise UsageError(f"there is no keyspace {name!r}; known: {known}") from None
-
-    def with_keyspace(self, keyspace: KeyspaceMap) -> Self:
-        """Return the topology with this map in it, in place of its forerunner if there is one."""
-        return replace(self, keyspaces={**self.keyspaces, keyspace.name: keyspace})
-
-    def with_slot(self, keyspace: str, slot: int, owner: str, epoch: int) -> Self:
-        """Return the topology with what was learned about one slot, as KeyspaceMap.with_slot."""
-        before = self.keyspace(keyspace)
-        after = before.with_slot(slot, owner, epoch)
-        return self if after is before else self.with_keyspace(after)
 
 
 def assign(slots: int, weights: Mapping[str, float]) -> tuple[str, ...]:

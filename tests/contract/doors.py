@@ -19,13 +19,13 @@ from shardgate.sql.schema import STANDALONE_TENANT, TableNames, Tables, build_ta
 from shardgate.sql.transactions import utc_now
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
     from sqlalchemy import ColumnElement, Table
     from sqlalchemy.ext.asyncio import AsyncEngine
 
     from shardgate.gateway import Gateway
-    from shardgate.store import Store
+    from shardgate.store import Place, Store
 
 Address = dict[str, Any]
 
@@ -43,7 +43,7 @@ class Session(Protocol):
     async def add_items(self, items: list[Any]) -> None: ...
     async def pop_item(self) -> Any: ...
     async def clear_session(self) -> None: ...
-    async def _locate(self) -> tuple[Store, Any]: ...
+    async def _perform(self, act: Callable[[Store, Place], Awaitable[Any]]) -> Any: ...
     async def _get_compaction_snapshot(self, limit: int) -> Any: ...
 
 
@@ -137,8 +137,7 @@ class StandaloneDoor(Door):
         return [self.engine()]
 
     async def delete(self, session_id: str = SESSION) -> bool:
-        store, key = await self.session(session_id)._locate()
-        return await store.delete(key)
+        return await self.session(session_id)._perform(lambda store, place: store.delete(place))
 
     async def close(self) -> None:
         await SQLAlchemySession.from_url(

@@ -109,14 +109,25 @@ async def identity(url: str, **where: Any) -> dict[str, Any]:
 
 
 async def owners(urls: Mapping[str, str], *, slots: int = SLOTS) -> list[str]:
-    """Who owns each slot, by name; AssertionError unless all shards say the same of all slots."""
+    """Who owns each slot, by name; AssertionError unless all shards say the same of all slots.
+
+    Each shard claims its own, and has hints about the others.
+    """
     names = {(await identity(url))["shard_uuid"]: name for name, url in urls.items()}
     assert len(names) == len(urls)
-    first, *others = [await records(url, "slots") for url in urls.values()]
+    first, *others = [await claims(url) for url in urls.values()]
     assert all(other == first for other in others)
-    assert [row["slot"] for row in first] == list(range(slots))
-    assert {row["state"] for row in first} == {"owned"}
-    return [names[row["owner"]] for row in first]
+    assert [slot for slot, _, _ in first] == list(range(slots))
+    return [names[owner] for _, owner, _ in first]
+
+
+async def claims(url: str) -> list[tuple[int, str, int]]:
+    """A shard's slots with owner and epoch; AssertionError unless their states fit the owners."""
+    own = (await identity(url))["shard_uuid"]
+    rows = await records(url, "slots")
+    for row in rows:
+        assert row["state"] == ("owned" if row["owner"] == own else "elsewhere")
+    return [(row["slot"], row["owner"], row["epoch"]) for row in rows]
 
 
 async def check_peers(urls: Mapping[str, str]) -> None:

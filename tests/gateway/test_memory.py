@@ -75,7 +75,7 @@ async def test_used_sessions_leave_nothing_behind(
 
 def _sizes(gateway: Gateway) -> dict[str, int]:
     """How much each part of the gateway, of its shards and of its stores holds."""
-    holders = [gateway, *gateway.shards.values(), *gateway._stores.values()]
+    holders = [gateway, *gateway.shards.values(), *gateway._keyspaces["main"]._stores.values()]
     return {
         f"{number}.{name}": len(value)
         for number, holder in enumerate(holders)

@@ -52,19 +52,21 @@ class Gateway
     shards: Mapping[str, Shard] (property)
     tenant(tenant_id: str, *, keyspace: str | None = None) -> Tenant
 class GatewaySession(StoredSession)
-    __init__(tenant_id: str, session_id: str, *, locate: Callable[[str, str],
-        Awaitable[tuple[Store, Key]]], session_settings: SessionSettings | dict[str, Any] | None =
-        None, ensure_ascii: bool = True) -> None
+    __init__(tenant_id: str, session_id: str, *, perform: Callable[..., Awaitable[Any]],
+        session_settings: SessionSettings | dict[str, Any] | None = None, ensure_ascii: bool =
+        True) -> None
     async _deserialize_item(item: str) -> TResponseInputItem
     async _get_compaction_snapshot(limit: int, *, prune_prefix: Callable[[TResponseInputItem],
         bool] | None = None) -> CompactionSnapshot | None
     async _serialize_item(item: TResponseInputItem) -> str
-    async add_items(items: list[TResponseInputItem], *, wrapper: object = None) -> None
+    async add_items(items: list[TResponseInputItem], *, idempotency_key: str | None = None,
+        wrapper: object = None) -> None
     async clear_session(*, wrapper: object = None) -> None
     async get_items(limit: int | None = None, *, wrapper: object = None) ->
         list[TResponseInputItem]
     async pop_item(*, wrapper: object = None) -> TResponseInputItem | None
     session_settings: SessionSettings | None (property, settable)
+    async settle(op_id: str) -> bool
 class GatewaySettings(BaseSettings)
     shards: dict[str, ShardSettings]
     keyspaces: dict[str, KeyspaceSettings] = {}
@@ -89,7 +91,7 @@ class KeyspaceSettings(BaseModel)
     spread: Annotated[Whole | None, BeforeValidator(_empty_is_none)] = None
 class OperatorError(ShardgateError)
 class OutcomeUnknown(ShardgateError)
-    __init__(message: str, *, shard: str) -> None
+    __init__(message: str, *, shard: str, op_id: str | None = None) -> None
 class OwnershipConflict(OperatorError)
     __init__(message: str, *, keyspace: str) -> None
 class PoolSizeWarning(UserWarning)
@@ -104,7 +106,8 @@ class SQLAlchemySession(StoredSession)
         bool] | None = None) -> CompactionSnapshot | None
     async _serialize_item(item: TResponseInputItem) -> str
     async aclose() -> None
-    async add_items(items: list[TResponseInputItem], *, wrapper: object = None) -> None
+    async add_items(items: list[TResponseInputItem], *, idempotency_key: str | None = None,
+        wrapper: object = None) -> None
     async clear_session(*, wrapper: object = None) -> None
     engine: AsyncEngine (property)
     classmethod from_url(session_id: str, *, url: str, engine_kwargs: dict[str, Any] | None =
@@ -113,6 +116,7 @@ class SQLAlchemySession(StoredSession)
         list[TResponseInputItem]
     async pop_item(*, wrapper: object = None) -> TResponseInputItem | None
     session_settings: SessionSettings | None (property, settable)
+    async settle(op_id: str) -> bool
 class SessionInfo
     __init__(session_id: str, item_count: int, byte_count: int, created_at: datetime, updated_at:
         datetime, listed_at: datetime) -> None

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shardgate.errors import UsageError
-from shardgate.topology import KeyspaceMap, Topology, assign, reassign
+from shardgate.topology import KeyspaceMap, assign, reassign
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -266,36 +266,3 @@ def test_a_map_cannot_be_changed() -> None:
     assert keyspace.owner(0) == "a"
     with pytest.raises(FrozenInstanceError):
         keyspace.slots = 8  # type: ignore[misc]  # the point of the test
-
-
-def test_a_topology_cannot_be_changed() -> None:
-    given_maps = {"main": small_map()}
-    topology = Topology(given_maps)
-    given_maps.clear()
-    assert topology.keyspace("main") == small_map()
-    keyspaces: Any = topology.keyspaces
-    with pytest.raises(TypeError):
-        keyspaces["main"] = small_map()
-
-
-def test_an_unknown_keyspace_is_refused_and_the_known_are_named() -> None:
-    with pytest.raises(UsageError, match="no keyspace 'eu'; known: main"):
-        Topology({"main": small_map()}).keyspace("eu")
-    with pytest.raises(UsageError, match="no keyspace 'eu'; known: none"):
-        Topology({}).keyspace("eu")
-
-
-def test_a_map_is_filed_under_its_own_name() -> None:
-    with pytest.raises(UsageError, match="the slot map of 'main' is filed under 'eu'"):
-        Topology({"eu": small_map()})
-
-
-def test_a_topology_learns_by_being_replaced() -> None:
-    before = Topology({"main": small_map()})
-    after = before.with_slot("main", 0, "b", 2)
-    assert before.keyspace("main").owner(0) == "a"
-    assert after.keyspace("main").owner(0) == "b"
-    assert after.with_slot("main", 0, "a", 1) is after
-    grown = after.with_keyspace(small_map(name="eu"))
-    assert sorted(grown.keyspaces) == ["eu", "main"]
-    assert grown.keyspace("main") is after.keyspace("main")

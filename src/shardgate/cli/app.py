@@ -11,6 +11,7 @@ import json
 import sys
 from dataclasses import asdict
 from enum import StrEnum
+from importlib import metadata
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -28,13 +29,24 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
 app = typer.Typer(
-    help="Look at, create and check the shards that the SHARDGATE_ settings name.",
     no_args_is_help=True,
+    invoke_without_command=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 output = Console()
 errors = Console(stderr=True)
+
+
+@app.callback()
+def main(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    """Look at, create and check the shards that the SHARDGATE_ settings name."""
+    if version:
+        sys.stdout.write(f"shardgate {metadata.version('shardgate')}\n")
+        raise typer.Exit
+
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
@@ -126,7 +138,10 @@ def print_route(
 
 
 def _health_table(report: HealthReport) -> Table:
-    table = Table("shard", "keyspace", "state", "server", "latency", "slots")
+    table = Table("shard", "keyspace")
+    table.add_column("state", overflow="fold")
+    for column in ("server", "latency", "slots"):
+        table.add_column(column)
     for name, shard in report.shards.items():
         latency = "" if shard.latency is None else f"{shard.latency * 1000:.1f} ms"
         slots = "" if shard.slots is None else str(shard.slots)

@@ -11,12 +11,12 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import inspect, text
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.schema import CreateSchema
 
 from shardgate.errors import TablesMismatch
-from shardgate.sql.dialect import as_sqlalchemy
 from shardgate.sql.schema import ownership_check_name
-from shardgate.sql.sqlite import is_always_in_transaction
+from shardgate.sql.sqlite import begin_immediate
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from shardgate.sql.schema import Tables
 
+_MYSQL = ("mysql", "mariadb")
 _LOCK_KEY = 0x5348415244474154
 """The advisory lock's number: the letters SHARDGAT."""
 _LOCK_NAME = "shardgate.create_tables"
@@ -41,32 +42,34 @@ async def transaction(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
     READ COMMITTED on PostgreSQL and MySQL, where locking first and reading afterwards then sees
     what the lock has waited for. On SQLite it holds the write lock from the start.
     """
+    if engine.dialect.name in _MYSQL:
+        async with engine.connect() as connection, _mysql_transaction(connection):
+            yield connection
+        return
     sqlite = engine.dialect.name == "sqlite"
-    level: IsolationLevel = "SERIALIZABLE" if sqlite else "READ COMMITTED"
     async with engine.connect() as connection:
-        await _set_isolation(connection, level)
+        level: IsolationLevel = "SERIALIZABLE" if sqlite else "READ COMMITTED"
+        await connection.execution_options(isolation_level=level)
         async with connection.begin():
-            if sqlite and not await _is_always_in_transaction(connection):
-                await connection.exec_driver_sql("BEGIN IMMEDIATE")
+            if sqlite:
+                await begin_immediate((await connection.get_raw_connection()).driver_connection)
             yield connection
 
 
-async def _set_isolation(connection: AsyncConnection, level: IsolationLevel) -> None:
-    """Where this asks the server, SQLAlchemy neither translates errors nor drops the connection."""
+@asynccontextmanager
+async def _mysql_transaction(connection: AsyncConnection) -> AsyncIterator[None]:
+    """Said in SQL: SQLAlchemy would set the session's level, and leave it so for the next user."""
+    for statement in ("COMMIT", "SET TRANSACTION ISOLATION LEVEL READ COMMITTED"):
+        await connection.exec_driver_sql(statement)
+    await connection.exec_driver_sql("START TRANSACTION")
     try:
-        await connection.execution_options(isolation_level=level)
-    except connection.dialect.loaded_dbapi.Error as error:
-        pool = connection.engine.sync_engine.pool
-        pool._invalidate(await connection.get_raw_connection(), error)
-        raise as_sqlalchemy(error, connection.dialect, lost=True) from error
-    except BaseException:
-        await connection.invalidate()
+        yield
+        await connection.exec_driver_sql("COMMIT")
+    except BaseException as error:
+        lost = isinstance(error, DBAPIError) and error.connection_invalidated
+        if not connection.invalidated and not lost:
+            await connection.exec_driver_sql("ROLLBACK")
         raise
-
-
-async def _is_always_in_transaction(connection: AsyncConnection) -> bool:
-    driver: Any = (await connection.get_raw_connection()).driver_connection
-    return bool(await driver._execute(is_always_in_transaction, driver))
 
 
 async def create_tables(engine: AsyncEngine, tables: Tables) -> None:
@@ -106,11 +109,13 @@ async def _taking_turns(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
         name = engine.dialect.name
         if name == "postgresql":
             await connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LOCK_KEY})
-        if name not in ("mysql", "mariadb"):
+        if name not in _MYSQL:
             yield connection
             return
         lock = {"name": _LOCK_NAME, "seconds": _LOCK_SECONDS}
-        await connection.execute(text("SELECT GET_LOCK(:name, :seconds)"), lock)
+        taken = await connection.execute(text("SELECT GET_LOCK(:name, :seconds)"), lock)
+        if taken.scalar_one() != 1:
+            raise TimeoutError("another process has been creating the tables for too long")
         try:
             yield connection
         finally:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from enum import Enum
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from sqlalchemy.exc import DBAPIError
@@ -33,6 +34,30 @@ class Key:
 
 
 @dataclass(frozen=True, slots=True)
+class Guard:
+    """What has to be true on this very shard for a statement to see or change anything.
+
+    The shard's own record says that ``owner`` (the UUID of the shard that the caller means) owns
+    ``slot``, and that the tenant is admitted. The stand-alone class has no guard.
+    """
+
+    slot: int
+    owner: str
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """Which change: it takes effect once, however often it is sent.
+
+    ``fingerprint`` is of what it changes, where the caller chose the ``op_id``.
+    """
+
+    op_id: str
+    kind: Literal["append", "pop", "clear", "replace", "void"]
+    fingerprint: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Row:
     """One stored item."""
 
@@ -40,16 +65,20 @@ class Row:
     data: str
 
 
-@dataclass(frozen=True, slots=True)
-class Popped:
-    """What one attempt at a pop found.
+class Outcome(Enum):
+    """What became of one attempt at a change. Only DONE has changed anything."""
 
-    ``contended``: another writer was faster, nothing was removed. ``undecodable``: the newest row
-    is not JSON by the database's judgement, nothing was removed.
-    """
-
-    outcome: Literal["popped", "empty", "contended", "undecodable"]
-    data: str | None = None
+    DONE = "done"
+    REFUSED = "refused"
+    """The guard did not hold: the session lives elsewhere, or its tenant is not admitted here."""
+    REPEATED = "repeated"
+    """An operation of this op_id took effect before, or was burnt."""
+    EMPTY = "empty"
+    """There was nothing to remove."""
+    CONTENDED = "contended"
+    """Another writer was faster."""
+    UNDECODABLE = "undecodable"
+    """The newest row is not JSON, by the database's judgement."""
 
 
 LISTED_AT_SECONDS = 60
@@ -84,25 +113,33 @@ class Dialect(ABC):
 
     @abstractmethod
     async def append(
-        self, connection: Any, key: Key, items: Sequence[str], incarnation: int
-    ) -> None:
+        self,
+        connection: Any,
+        key: Key,
+        guard: Guard | None,
+        operation: Operation,
+        items: Sequence[str],
+        incarnation: int,
+    ) -> Outcome:
         """Append ``items`` in their order, as one; ``incarnation`` is for a session made now."""
 
     @abstractmethod
-    async def tail(self, connection: Any, key: Key, limit: int | None) -> list[Row]:
-        """The newest ``limit`` rows (None: all), newest first."""
+    async def tail(
+        self, connection: Any, key: Key, guard: Guard | None, limit: int | None
+    ) -> list[Row] | None:
+        """The newest ``limit`` rows (None: all), newest first; None where the guard fails."""
 
     @abstractmethod
-    async def pop(self, connection: Any, key: Key) -> Popped:
-        """Remove the newest row if the database can tell that it is JSON."""
+    async def pop(
+        self, connection: Any, key: Key, guard: Guard | None, operation: Operation
+    ) -> tuple[Outcome, str | None]:
+        """Remove the newest row if the database can tell that it is JSON, and record it."""
 
     @abstractmethod
-    async def clear(self, connection: Any, key: Key) -> None:
+    async def clear(
+        self, connection: Any, key: Key, guard: Guard | None, operation: Operation
+    ) -> Outcome:
         """Remove every item; the session's row stays and its numbers go on."""
-
-    @abstractmethod
-    def in_transaction(self, connection: Any) -> bool:
-        """Whether somebody has left (or has) a transaction open on ``connection``."""
 
     @abstractmethod
     async def abandon(self, connection: Any) -> None:
@@ -111,6 +148,14 @@ class Dialect(ABC):
     @abstractmethod
     def is_contention(self, error: BaseException) -> bool:
         """Whether the database rolled the statement back because of other writers."""
+
+    @abstractmethod
+    def is_passing(self, error: BaseException) -> bool:
+        """Whether the server has refused the statement for reasons that pass; nothing changed."""
+
+    def in_transaction(self, connection: Any) -> bool:
+        """Whether a transaction is open on a connection that has just been checked out."""
+        return False
 
     def is_lost(self, error: BaseException) -> bool:
         """Whether ``error`` says that the connection is gone, where SQLAlchemy does not know it."""
@@ -125,11 +170,15 @@ class Dialect(ABC):
         return self.sqlalchemy_dialect.identifier_preparer.format_table(table)
 
     def names(self) -> dict[str, str]:
-        """The SQL names of the slot-owned tables, to be put into statements."""
-        return {
-            "sessions": self.name(self.tables.sessions),
-            "messages": self.name(self.tables.messages),
+        """The SQL names of the tables that hot statements use, to be put into them."""
+        tables = {
+            "sessions": self.tables.sessions,
+            "messages": self.tables.messages,
+            "ops": self.tables.ops,
         }
+        if self.tables.of_gateway:
+            tables |= {"slots": self.tables.slots, "tenants": self.tables.tenants}
+        return {word: self.name(table) for word, table in tables.items()}
 
     def translate(self, error: Exception, adapted: Any) -> Exception:
         """The SQLAlchemy exception for a driver's ``error`` on the adapted connection."""

@@ -14,7 +14,17 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import pymysql
 
 from shardgate.errors import UsageError
-from shardgate.sql.dialect import LISTED_AT_SECONDS, Dialect, Key, Popped, Row, nbytes, one_line
+from shardgate.sql.dialect import (
+    LISTED_AT_SECONDS,
+    Dialect,
+    Guard,
+    Key,
+    Operation,
+    Outcome,
+    Row,
+    nbytes,
+    one_line,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,14 +33,53 @@ _NOW = "@shardgate_now"
 
 # User variables outlive a statement, and SELECT … INTO leaves them as they were when it finds
 # nothing: so each packet sets those that it uses first.
-_APPEND = """
-    SET {now} = UTC_TIMESTAMP(6), @shardgate_next = NULL;
+_HELD = """
+    SELECT 1 FROM {slots} AS slot, {tenants} AS tenant
+    WHERE slot.slot = %(slot)s AND slot.owner = %(owner)s AND slot.state = 'owned'
+        AND tenant.tenant_id = %(tenant)s AND tenant.status = 'admitted'
+"""
+
+# By primary key and of rows that exist, so no gap is locked. A mover's fence waits for it.
+_GUARD = """
+    SELECT 1 INTO @shardgate_here FROM {slots}
+    WHERE slot = %(slot)s AND owner = %(owner)s AND state = 'owned' LOCK IN SHARE MODE;
+    SELECT 1 INTO @shardgate_admitted FROM {tenants}
+    WHERE tenant_id = %(tenant)s AND status = 'admitted' LOCK IN SHARE MODE;
+    SET @shardgate_here = @shardgate_here AND @shardgate_admitted
+"""
+_NO_GUARD = "SET @shardgate_here = 1"
+
+_BEGIN = """
+    SET {now} = UTC_TIMESTAMP(6), @shardgate_here = NULL, @shardgate_admitted = NULL,
+        @shardgate_new = 0, @shardgate_next = NULL, @shardgate_floor = NULL,
+        @shardgate_seq = NULL, @shardgate_json = NULL, @shardgate_size = NULL;
     START TRANSACTION;
+    {guard}
+"""
+
+# An op of the same id in flight is waited for, by the primary key. IGNORE: it is no error.
+_OP = """
+    INSERT IGNORE INTO {ops}
+        (h, tenant_id, session_id, op_id, kind, fingerprint, n, created_at)
+    SELECT %(h)s, %(tenant)s, %(session)s, %(op)s, '{kind}', %(fingerprint)s, %(n)s, {now}
+    FROM DUAL WHERE @shardgate_here = 1;
+    SET @shardgate_new = ROW_COUNT()
+"""
+
+_END = """
+    SELECT @shardgate_here, @shardgate_new;
+    COMMIT
+"""
+
+_APPEND = """
+    {begin};
+    {op};
     INSERT INTO {sessions}
         (tenant_id, session_id, h, incarnation, next_seq, floor_seq, revision,
          item_count, byte_count, created_at, updated_at, listed_at)
-    VALUES (%(tenant)s, %(session)s, %(h)s, %(incarnation)s, %(n)s + 1, 1, 1,
-            %(n)s, %(size)s, {now}, {now}, {now})
+    SELECT %(tenant)s, %(session)s, %(h)s, %(incarnation)s, %(n)s + 1, 1, 1,
+           %(n)s, %(size)s, {now}, {now}, {now}
+    FROM DUAL WHERE @shardgate_new = 1
     ON DUPLICATE KEY UPDATE
         next_seq = next_seq + %(n)s,
         revision = revision + 1,
@@ -39,71 +88,89 @@ _APPEND = """
         updated_at = {now},
         listed_at = IF(listed_at < {now} - INTERVAL {coarse} SECOND, {now}, listed_at);
     SELECT next_seq - %(n)s INTO @shardgate_next FROM {sessions}
-    WHERE tenant_id = %(tenant)s AND session_id = %(session)s FOR UPDATE;
-    INSERT INTO {messages} (tenant_id, session_id, seq, message_data, nbytes, created_at)
-    VALUES %(rows)s;
-    COMMIT
+    WHERE tenant_id = %(tenant)s AND session_id = %(session)s AND @shardgate_new = 1 FOR UPDATE;
+    %(rows)s;
+    {end}
 """
 
-_APPEND_ROW = "(%(tenant)s, %(session)s, @shardgate_next + %(place)s, %(data)s, %(size)s, {now})"
+# One statement for each item: a list of VALUES cannot be made to depend on @shardgate_new.
+_APPEND_ROW = """
+    INSERT INTO {messages}
+        (tenant_id, session_id, seq, message_data, op_id, nbytes, created_at)
+    SELECT %(tenant)s, %(session)s, @shardgate_next + %(place)s, %(data)s, %(op)s, %(size)s, {now}
+    FROM DUAL WHERE @shardgate_new = 1
+"""
 
-# One SELECT is one snapshot. At SERIALIZABLE it would lock what it reads, hence the first line. The
-# last one ends the transaction that a connection without autocommit is in by now: not every pool
-# does it on return.
+# One SELECT is one snapshot. At SERIALIZABLE it would lock what it reads, hence the second line.
+# The first and the last one end what a connection without autocommit is in: a listener of the pool
+# may have read something, and not every pool rolls back on return.
 _TAIL = """
+    COMMIT;
     SET TRANSACTION ISOLATION LEVEL READ COMMITTED;
-    SELECT seq, CAST(message_data AS BINARY) FROM {messages}
-    WHERE tenant_id = %(tenant)s AND session_id = %(session)s AND seq >= (
-        SELECT floor_seq FROM {sessions}
-        WHERE tenant_id = %(tenant)s AND session_id = %(session)s)
-    ORDER BY seq DESC %(limit)s;
+    SELECT held.here, newest.seq, newest.data
+    FROM (SELECT EXISTS ({held}) AS here) AS held LEFT JOIN (
+        SELECT seq, CAST(message_data AS BINARY) AS data FROM {messages}
+        WHERE tenant_id = %(tenant)s AND session_id = %(session)s AND seq >= (
+            SELECT floor_seq FROM {sessions}
+            WHERE tenant_id = %(tenant)s AND session_id = %(session)s)
+        ORDER BY seq DESC %(limit)s
+    ) AS newest ON held.here
+    ORDER BY newest.seq DESC;
     COMMIT
 """
 
 _POP = """
-    SET {now} = UTC_TIMESTAMP(6), @shardgate_floor = NULL, @shardgate_seq = NULL,
-        @shardgate_json = NULL, @shardgate_size = NULL;
-    START TRANSACTION;
+    {begin};
     SELECT floor_seq INTO @shardgate_floor FROM {sessions}
-    WHERE tenant_id = %(tenant)s AND session_id = %(session)s FOR UPDATE;
+    WHERE tenant_id = %(tenant)s AND session_id = %(session)s AND @shardgate_here = 1 FOR UPDATE;
     SELECT seq, JSON_VALID(message_data), nbytes
     INTO @shardgate_seq, @shardgate_json, @shardgate_size FROM {messages}
     WHERE tenant_id = %(tenant)s AND session_id = %(session)s AND seq >= @shardgate_floor
     ORDER BY seq DESC LIMIT 1;
-    SELECT @shardgate_seq, @shardgate_json, (
-        SELECT CAST(message_data AS BINARY) FROM {messages}
-        WHERE tenant_id = %(tenant)s AND session_id = %(session)s AND seq = @shardgate_seq
-            AND @shardgate_json = 1);
-    DELETE FROM {messages}
+    INSERT IGNORE INTO {ops}
+        (h, tenant_id, session_id, op_id, kind, fingerprint, first_seq, n, result, created_at)
+    SELECT %(h)s, %(tenant)s, %(session)s, %(op)s, 'pop', %(fingerprint)s, seq, 1, message_data,
+           {now}
+    FROM {messages}
     WHERE tenant_id = %(tenant)s AND session_id = %(session)s AND seq = @shardgate_seq
         AND @shardgate_json = 1;
+    SET @shardgate_new = ROW_COUNT();
+    SELECT CAST(message_data AS BINARY) FROM {messages}
+    WHERE tenant_id = %(tenant)s AND session_id = %(session)s AND seq = @shardgate_seq
+        AND @shardgate_new = 1;
+    DELETE FROM {messages}
+    WHERE tenant_id = %(tenant)s AND session_id = %(session)s AND seq = @shardgate_seq
+        AND @shardgate_new = 1;
     UPDATE {sessions} SET
         revision = revision + 1,
         item_count = item_count - 1,
         byte_count = byte_count - @shardgate_size,
         updated_at = {now}
-    WHERE tenant_id = %(tenant)s AND session_id = %(session)s AND @shardgate_json = 1;
+    WHERE tenant_id = %(tenant)s AND session_id = %(session)s AND @shardgate_new = 1;
+    SELECT @shardgate_here, @shardgate_seq, @shardgate_json;
     COMMIT
 """
 
 _CLEAR = """
-    SET {now} = UTC_TIMESTAMP(6), @shardgate_floor = NULL;
-    START TRANSACTION;
+    {begin};
+    {op};
     UPDATE {sessions} SET
         floor_seq = next_seq,
         revision = revision + 1,
         item_count = 0,
         byte_count = 0,
         updated_at = {now}
-    WHERE tenant_id = %(tenant)s AND session_id = %(session)s;
+    WHERE tenant_id = %(tenant)s AND session_id = %(session)s AND @shardgate_new = 1;
     SELECT floor_seq INTO @shardgate_floor FROM {sessions}
-    WHERE tenant_id = %(tenant)s AND session_id = %(session)s FOR UPDATE;
+    WHERE tenant_id = %(tenant)s AND session_id = %(session)s AND @shardgate_new = 1 FOR UPDATE;
     DELETE FROM {messages}
     WHERE tenant_id = %(tenant)s AND session_id = %(session)s AND seq < @shardgate_floor;
-    COMMIT
+    {end}
 """
 
 _LOCK_WAIT_TIMEOUT, _DEADLOCK, _RECORD_CHANGED = 1205, 1213, 1020
+_PASSING = [(code,) for code in (1290, 1317, 1792, 1836, 1969, 3024)]
+"""Read-only servers; statements that were cancelled, or that took too long."""
 _LARGE_PACKET = 1 << 20
 _IN_TRANSACTION = 0x0001
 
@@ -119,59 +186,77 @@ class MySQL(Dialect):
     driver: ClassVar[str] = "aiomysql"
 
     def _prepare(self) -> None:
-        names = self.names() | {"now": _NOW, "coarse": str(LISTED_AT_SECONDS)}
+        names = self.names() | {"now": _NOW, "coarse": str(LISTED_AT_SECONDS), "end": _END}
         # A percent sign in a table's name has been doubled by SQLAlchemy, as its own formatting of
         # parameters needs it; so does ours.
-        self.append_sql = one_line(_APPEND.format_map(names))
-        self.append_row_sql = one_line(_APPEND_ROW.format_map(names))
-        self.tail_sql = one_line(_TAIL.format_map(names))
-        self.pop_sql = one_line(_POP.format_map(names))
-        self.clear_sql = one_line(_CLEAR.format_map(names))
+        guarded = self.tables.of_gateway
+        guard = (_GUARD if guarded else _NO_GUARD).format_map(names)
+        names["held"] = (_HELD if guarded else "SELECT 1").format_map(names)
+        names["begin"] = _BEGIN.format_map(names | {"guard": guard})
+
+        def write(statement: str, kind: str = "") -> str:
+            op = _OP.format_map(names | {"kind": kind})
+            return one_line(statement.format_map(names | {"op": op}))
+
+        self.append_sql = write(_APPEND, "append")
+        self.append_row_sql = write(_APPEND_ROW)
+        self.tail_sql = write(_TAIL)
+        self.pop_sql = write(_POP)
+        self.clear_sql = write(_CLEAR, "clear")
         self._cursor = self.sqlalchemy_dialect.loaded_dbapi.Cursor
 
     async def append(
-        self, connection: Any, key: Key, items: Sequence[str], incarnation: int
-    ) -> None:
+        self,
+        connection: Any,
+        key: Key,
+        guard: Guard | None,
+        operation: Operation,
+        items: Sequence[str],
+        incarnation: int,
+    ) -> Outcome:
         sizes = [nbytes(item) for item in items]
-        ids = self._ids(key)
-        rows = ", ".join(
+        change = _change(key, guard, operation, n=len(items))
+        rows = "; ".join(
             self.append_row_sql
-            % (ids | {"place": place, "data": _text_literal(connection, item), "size": size})
+            % (change | {"place": place, "data": _text_literal(connection, item), "size": size})
             for place, (item, size) in enumerate(zip(items, sizes, strict=True))
         )
-        await self._send(
-            connection,
-            self.append_sql
-            % (
-                ids
-                | {
-                    "h": key.h,
-                    "incarnation": incarnation,
-                    "n": len(items),
-                    "size": sum(sizes),
-                    "rows": rows,
-                }
-            ),
-        )
+        values = change | {"incarnation": incarnation, "size": sum(sizes), "rows": rows}
+        return _outcome(await self._send(connection, self.append_sql % values))
 
-    async def tail(self, connection: Any, key: Key, limit: int | None) -> list[Row]:
+    async def tail(
+        self, connection: Any, key: Key, guard: Guard | None, limit: int | None
+    ) -> list[Row] | None:
         clause = "" if limit is None else f"LIMIT {int(limit)}"
-        results = await self._send(connection, self.tail_sql % (self._ids(key) | {"limit": clause}))
-        rows = next((rows for rows in results if rows), ())
-        return [Row(seq, data.decode()) for seq, data in rows]
+        place = _place(key, guard) | {"limit": clause}
+        (rows,) = await self._send(connection, self.tail_sql % place)
+        if not rows[0][0]:
+            return None
+        return [Row(seq, data.decode()) for _, seq, data in rows if seq is not None]
 
-    async def pop(self, connection: Any, key: Key) -> Popped:
-        results = await self._send(connection, self.pop_sql % self._ids(key))
-        ((seq, is_json, data),) = next(rows for rows in results if rows)
+    async def pop(
+        self, connection: Any, key: Key, guard: Guard | None, operation: Operation
+    ) -> tuple[Outcome, str | None]:
+        change = _change(key, guard, operation, n=1)
+        results = await self._send(connection, self.pop_sql % change)
+        ((here, seq, is_json),) = results[-1]
+        if len(results) > 1:
+            ((data,),) = results[0]
+            return Outcome.DONE, data.decode()
+        if not here:
+            return Outcome.REFUSED, None
         if seq is None:
-            return Popped("empty")
-        return Popped("popped", data.decode()) if is_json else Popped("undecodable")
+            return Outcome.EMPTY, None
+        return (Outcome.REPEATED if is_json else Outcome.UNDECODABLE), None
 
-    async def clear(self, connection: Any, key: Key) -> None:
-        await self._send(connection, self.clear_sql % self._ids(key))
+    async def clear(
+        self, connection: Any, key: Key, guard: Guard | None, operation: Operation
+    ) -> Outcome:
+        change = _change(key, guard, operation, n=None)
+        return _outcome(await self._send(connection, self.clear_sql % change))
 
-    def in_transaction(self, connection: Any) -> bool:
-        return bool(connection.server_status & _IN_TRANSACTION)
+    def is_passing(self, error: BaseException) -> bool:
+        return isinstance(error, pymysql.MySQLError) and error.args[0:1] in _PASSING
 
     async def abandon(self, connection: Any) -> None:
         await connection.rollback()
@@ -184,15 +269,8 @@ class MySQL(Dialect):
         """aiomysql closes a connection whose call was cancelled, and says so to the next one."""
         return isinstance(error, pymysql.InterfaceError)
 
-    @staticmethod
-    def _ids(key: Key) -> dict[str, Any]:
-        return {
-            "tenant": _bytes_literal(key.tenant_id),
-            "session": _bytes_literal(key.session_id),
-        }
-
     async def _send(self, connection: Any, packet: str) -> list[Sequence[Any]]:
-        """The result set of each statement in ``packet``; the first error ends it."""
+        """The result sets that have rows, of the statements in ``packet``; an error ends it."""
         if len(packet) > _LARGE_PACKET:
             await self._check_size(connection, packet)
         results = []
@@ -201,7 +279,7 @@ class MySQL(Dialect):
             results.append(await cursor.fetchall())
             while await cursor.nextset():
                 results.append(await cursor.fetchall())
-        return results
+        return [rows for rows in results if rows]
 
     async def _check_size(self, connection: Any, packet: str) -> None:
         """The server drops the connection on a packet that is too large, without saying why."""
@@ -212,6 +290,40 @@ class MySQL(Dialect):
                 f"these items make a statement of {size:,} bytes, and this server's "
                 f"max_allowed_packet is {limit:,}: raise it, or add the items in several calls"
             )
+
+
+def _place(key: Key, guard: Guard | None) -> dict[str, Any]:
+    place: dict[str, Any] = {
+        "tenant": _bytes_literal(key.tenant_id),
+        "session": _bytes_literal(key.session_id),
+    }
+    if guard is not None:
+        place |= {"slot": guard.slot, "owner": _ascii_literal(guard.owner)}
+    return place
+
+
+def _change(
+    key: Key, guard: Guard | None, operation: Operation, *, n: int | None
+) -> dict[str, Any]:
+    fingerprint = operation.fingerprint
+    return _place(key, guard) | {
+        "h": key.h,
+        "op": _bytes_literal(operation.op_id),
+        "fingerprint": "NULL" if fingerprint is None else _ascii_literal(fingerprint),
+        "n": "NULL" if n is None else n,
+    }
+
+
+def _outcome(results: list[Sequence[Any]]) -> Outcome:
+    ((here, new),) = results[-1]
+    if not here:
+        return Outcome.REFUSED
+    return Outcome.DONE if new == 1 else Outcome.REPEATED
+
+
+def _ascii_literal(value: str) -> str:
+    """A UUID or a fingerprint as SQL text, whatever the connection's character set."""
+    return f"CONVERT(X'{value.encode('ascii').hex()}' USING utf8mb4) COLLATE utf8mb4_bin"
 
 
 def _text_literal(connection: Any, text: str) -> str:

@@ -4,6 +4,10 @@ READ COMMITTED is what makes one statement enough: ``ON CONFLICT DO UPDATE`` wai
 lock and then goes on with the row's newest version. At REPEATABLE READ or SERIALIZABLE the same
 statement fails under concurrency, so a connection whose default is stricter gets an explicit
 transaction (see ``admit``).
+
+Every change runs down one chain of CTEs, each of which joins the one before it, so that nothing
+happens below a link that gave no row: guard (the slot's row and the tenant's, locked FOR KEY SHARE:
+a mover's fence does not wait for it, its barrier does), op, session, items.
 """
 
 from __future__ import annotations
@@ -12,23 +16,50 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import asyncpg
 
-from shardgate.sql.dialect import LISTED_AT_SECONDS, Dialect, Key, Popped, Row, nbytes, one_line
+from shardgate.items import MAX_DEPTH
+from shardgate.sql.dialect import (
+    LISTED_AT_SECONDS,
+    Dialect,
+    Guard,
+    Key,
+    Operation,
+    Outcome,
+    Row,
+    nbytes,
+    one_line,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 _NOW = "(clock_timestamp() AT TIME ZONE 'UTC')"
 
-# $1 tenant, $2 session, $3 h, $4 incarnation, $5 items, $6 their sizes in bytes.
-# The upsert locks the session's row until the commit, so seq follows the order of commits.
+# In every statement: $1 tenant, $2 session, $3 slot, $4 the owner's UUID.
+_HELD = """
+    SELECT 1 FROM {slots} AS slot, {tenants} AS tenant
+    WHERE slot.slot = $3 AND slot.owner = $4 AND slot.state = 'owned'
+        AND tenant.tenant_id = $1 AND tenant.status = 'admitted'
+"""
+_GUARD = _HELD + " FOR KEY SHARE"
+_NO_GUARD = "SELECT 1 WHERE $3::int IS NULL AND $4::text IS NULL"
+
+# $5 h, $6 op_id, $7 fingerprint. An op of the same id in flight is waited for, by the unique index.
+_OP = """
+    INSERT INTO {ops} (h, tenant_id, session_id, op_id, kind, fingerprint, n, created_at)
+    SELECT $5, $1, $2, $6, '{kind}', $7, {n}, {now} FROM guard
+    ON CONFLICT DO NOTHING RETURNING 1
+"""
+
+# $8 incarnation, $9 items, $10 their sizes in bytes. The upsert locks the session's row until the
+# commit, so seq follows the order of commits.
 _APPEND = """
-    WITH batch AS (
-        SELECT count(*) AS n, sum(size) AS size FROM unnest($6::bigint[]) AS size
-    ), locked AS (
+    WITH guard AS MATERIALIZED ({guard}), batch AS (
+        SELECT count(*) AS n, sum(size) AS size FROM unnest($10::bigint[]) AS size
+    ), op AS ({op}), locked AS (
         INSERT INTO {sessions} AS s
             (tenant_id, session_id, h, incarnation, next_seq, floor_seq, revision,
              item_count, byte_count, created_at, updated_at, listed_at)
-        SELECT $1, $2, $3, $4, n + 1, 1, 1, n, size, {now}, {now}, {now} FROM batch
+        SELECT $1, $2, $5, $8, n + 1, 1, 1, n, size, {now}, {now}, {now} FROM op, batch
         ON CONFLICT (tenant_id, session_id) DO UPDATE SET
             next_seq = s.next_seq + excluded.item_count,
             revision = s.revision + 1,
@@ -38,63 +69,86 @@ _APPEND = """
             listed_at = CASE WHEN s.listed_at < excluded.listed_at - interval '{coarse} seconds'
                              THEN excluded.listed_at ELSE s.listed_at END
         RETURNING s.next_seq, s.updated_at
+    ), added AS (
+        INSERT INTO {messages}
+            (tenant_id, session_id, seq, message_data, op_id, nbytes, created_at)
+        SELECT $1, $2, locked.next_seq - batch.n + item.place - 1, item.data, $6, item.size,
+               locked.updated_at
+        FROM locked, batch,
+             unnest($9::text[], $10::bigint[]) WITH ORDINALITY AS item (data, size, place)
     )
-    INSERT INTO {messages} (tenant_id, session_id, seq, message_data, nbytes, created_at)
-    SELECT $1, $2, locked.next_seq - batch.n + item.place - 1, item.data, item.size,
-           locked.updated_at
-    FROM locked, batch, unnest($5::text[], $6::bigint[]) WITH ORDINALITY AS item (data, size, place)
+    SELECT EXISTS (SELECT FROM guard), EXISTS (SELECT FROM op)
 """
 
 _TAIL = """
-    SELECT seq, message_data FROM {messages}
-    WHERE tenant_id = $1 AND session_id = $2 AND seq >= (
-        SELECT floor_seq FROM {sessions} WHERE tenant_id = $1 AND session_id = $2)
-    ORDER BY seq DESC LIMIT $3
+    SELECT held.here, newest.seq, newest.message_data
+    FROM (SELECT EXISTS ({held}) AS here) AS held LEFT JOIN LATERAL (
+        SELECT seq, message_data FROM {messages}
+        WHERE held.here AND tenant_id = $1 AND session_id = $2 AND seq >= (
+            SELECT floor_seq FROM {sessions} WHERE tenant_id = $1 AND session_id = $2)
+        ORDER BY seq DESC LIMIT $5
+    ) AS newest ON true
 """
 
-# The UPDATE waits for the row's lock and then compares the revision: if it has changed since this
+# The row's lock is waited for, and then the revision compared: if it has changed since this
 # statement's snapshot, the newest row may be another one by now, and nothing is removed. The cast
-# to json fails on a row that is not JSON; nothing is removed then either.
+# to json fails on a row that is not JSON; nothing is removed then either. One with so many brackets
+# that it may be nested deeper than Python reads is left to the transaction that decodes it first.
 _POP = """
-    WITH seen AS MATERIALIZED (
-        SELECT revision, floor_seq FROM {sessions} WHERE tenant_id = $1 AND session_id = $2
+    WITH guard AS MATERIALIZED ({guard}), seen AS MATERIALIZED (
+        SELECT revision, floor_seq FROM {sessions}, guard
+        WHERE tenant_id = $1 AND session_id = $2
     ), newest AS MATERIALIZED (
         SELECT seq, message_data, nbytes FROM {messages}
         WHERE tenant_id = $1 AND session_id = $2 AND seq >= (SELECT floor_seq FROM seen)
         ORDER BY seq DESC LIMIT 1
-    ), locked AS (
+    ), held AS MATERIALIZED (
+        SELECT s.revision FROM {sessions} AS s, guard
+        WHERE s.tenant_id = $1 AND s.session_id = $2 AND EXISTS (SELECT FROM newest)
+        FOR UPDATE OF s
+    ), op AS (
+        INSERT INTO {ops}
+            (h, tenant_id, session_id, op_id, kind, fingerprint, first_seq, n, result, created_at)
+        SELECT $5, $1, $2, $6, 'pop', $7, newest.seq, 1, newest.message_data, {now}
+        FROM held, seen, newest
+        WHERE held.revision = seen.revision AND CASE
+            WHEN length(newest.message_data)
+                - length(translate(newest.message_data, '[{{', '')) > {depth} THEN false
+            ELSE newest.message_data::json IS NOT NULL END
+        ON CONFLICT DO NOTHING RETURNING first_seq
+    ), counted AS (
         UPDATE {sessions} AS s SET
             revision = s.revision + 1,
             item_count = s.item_count - 1,
             byte_count = s.byte_count - newest.nbytes,
             updated_at = {now}
-        FROM seen, newest
-        WHERE s.tenant_id = $1 AND s.session_id = $2 AND s.revision = seen.revision
-            AND newest.message_data::json IS NOT NULL
-        RETURNING newest.seq
+        FROM op, newest WHERE s.tenant_id = $1 AND s.session_id = $2
     ), removed AS (
-        DELETE FROM {messages} AS m USING locked
-        WHERE m.tenant_id = $1 AND m.session_id = $2 AND m.seq = locked.seq
+        DELETE FROM {messages} AS m USING op
+        WHERE m.tenant_id = $1 AND m.session_id = $2 AND m.seq = op.first_seq
         RETURNING m.message_data
     )
-    SELECT EXISTS (SELECT FROM newest) AS found, (SELECT message_data FROM removed) AS data
+    SELECT EXISTS (SELECT FROM guard), EXISTS (SELECT FROM newest),
+           (SELECT message_data FROM removed)
 """
 
 # A row that was appended between this statement's snapshot and its lock stays behind, below the
 # floor, unseen; the next clear takes it along.
 _CLEAR = """
-    WITH cleared AS (
+    WITH guard AS MATERIALIZED ({guard}), op AS ({op}), cleared AS (
         UPDATE {sessions} AS s SET
             floor_seq = s.next_seq,
             revision = s.revision + 1,
             item_count = 0,
             byte_count = 0,
             updated_at = {now}
-        WHERE s.tenant_id = $1 AND s.session_id = $2
+        FROM op WHERE s.tenant_id = $1 AND s.session_id = $2
         RETURNING s.floor_seq
+    ), removed AS (
+        DELETE FROM {messages} AS m USING cleared
+        WHERE m.tenant_id = $1 AND m.session_id = $2 AND m.seq < cleared.floor_seq
     )
-    DELETE FROM {messages} AS m USING cleared
-    WHERE m.tenant_id = $1 AND m.session_id = $2 AND m.seq < cleared.floor_seq
+    SELECT EXISTS (SELECT FROM guard), EXISTS (SELECT FROM op)
 """
 
 _CONTENTION = (
@@ -104,44 +158,80 @@ _CONTENTION = (
 )
 
 
+_PASSING = (
+    asyncpg.QueryCanceledError,
+    asyncpg.ReadOnlySQLTransactionError,
+    asyncpg.InsufficientResourcesError,
+    asyncpg.OperatorInterventionError,
+)
+
+
 class PostgreSQL(Dialect):
     """asyncpg."""
 
     driver: ClassVar[str] = "asyncpg"
 
     def _prepare(self) -> None:
-        names = self.names() | {"now": _NOW, "coarse": str(LISTED_AT_SECONDS)}
-        self.append_sql = one_line(_APPEND.format_map(names))
-        self.tail_sql = one_line(_TAIL.format_map(names))
-        self.pop_sql = one_line(_POP.format_map(names))
-        self.clear_sql = one_line(_CLEAR.format_map(names))
+        names = self.names() | {
+            "now": _NOW,
+            "coarse": str(LISTED_AT_SECONDS),
+            "depth": str(MAX_DEPTH),
+        }
+        guarded = self.tables.of_gateway
+        names["guard"] = (_GUARD if guarded else _NO_GUARD).format_map(names)
+        names["held"] = (_HELD if guarded else _NO_GUARD).format_map(names)
+
+        def write(statement: str, kind: str = "", n: str = "") -> str:
+            op = _OP.format_map(names | {"kind": kind, "n": n})
+            return one_line(statement.format_map(names | {"op": op}))
+
+        self.append_sql = write(_APPEND, "append", "(SELECT n FROM batch)")
+        self.tail_sql = write(_TAIL)
+        self.pop_sql = write(_POP)
+        self.clear_sql = write(_CLEAR, "clear", "NULL")
 
     async def append(
-        self, connection: Any, key: Key, items: Sequence[str], incarnation: int
-    ) -> None:
+        self,
+        connection: Any,
+        key: Key,
+        guard: Guard | None,
+        operation: Operation,
+        items: Sequence[str],
+        incarnation: int,
+    ) -> Outcome:
         sizes = [nbytes(item) for item in items]
-        await connection.fetch(
-            self.append_sql, key.tenant_id, key.session_id, key.h, incarnation, items, sizes
+        change = _change(key, guard, operation)
+        return _outcome(
+            await connection.fetchrow(self.append_sql, *change, incarnation, items, sizes)
         )
 
-    async def tail(self, connection: Any, key: Key, limit: int | None) -> list[Row]:
-        rows = await connection.fetch(self.tail_sql, key.tenant_id, key.session_id, limit)
-        return [Row(row[0], row[1]) for row in rows]
+    async def tail(
+        self, connection: Any, key: Key, guard: Guard | None, limit: int | None
+    ) -> list[Row] | None:
+        rows = await connection.fetch(self.tail_sql, *_place(key, guard), limit)
+        if not rows[0][0]:
+            return None
+        return [Row(seq, data) for _, seq, data in rows if seq is not None]
 
-    async def pop(self, connection: Any, key: Key) -> Popped:
+    async def pop(
+        self, connection: Any, key: Key, guard: Guard | None, operation: Operation
+    ) -> tuple[Outcome, str | None]:
         try:
-            row = await connection.fetchrow(self.pop_sql, key.tenant_id, key.session_id)
+            here, found, data = await connection.fetchrow(
+                self.pop_sql, *_change(key, guard, operation)
+            )
         except asyncpg.InvalidTextRepresentationError:
-            return Popped("undecodable")
-        if not row["found"]:
-            return Popped("empty")
-        return Popped("contended") if row["data"] is None else Popped("popped", row["data"])
+            return Outcome.UNDECODABLE, None
+        if data is not None:
+            return Outcome.DONE, data
+        if not here:
+            return Outcome.REFUSED, None
+        return (Outcome.CONTENDED if found else Outcome.EMPTY), None
 
-    async def clear(self, connection: Any, key: Key) -> None:
-        await connection.fetch(self.clear_sql, key.tenant_id, key.session_id)
-
-    def in_transaction(self, connection: Any) -> bool:
-        return bool(connection.is_in_transaction())
+    async def clear(
+        self, connection: Any, key: Key, guard: Guard | None, operation: Operation
+    ) -> Outcome:
+        return _outcome(await connection.fetchrow(self.clear_sql, *_change(key, guard, operation)))
 
     async def abandon(self, connection: Any) -> None:
         """A failed statement in autocommit leaves nothing open."""
@@ -149,6 +239,28 @@ class PostgreSQL(Dialect):
     def is_contention(self, error: BaseException) -> bool:
         return isinstance(error, _CONTENTION)
 
+    def is_passing(self, error: BaseException) -> bool:
+        return isinstance(error, _PASSING)
+
+    def in_transaction(self, connection: Any) -> bool:
+        return bool(connection.is_in_transaction())
+
     async def admit(self, connection: Any) -> bool:
         level = await connection.fetchval("SELECT current_setting('default_transaction_isolation')")
         return bool(level == "read committed")
+
+
+def _place(key: Key, guard: Guard | None) -> tuple[Any, ...]:
+    slot, owner = (None, None) if guard is None else (guard.slot, guard.owner)
+    return key.tenant_id, key.session_id, slot, owner
+
+
+def _change(key: Key, guard: Guard | None, operation: Operation) -> tuple[Any, ...]:
+    return *_place(key, guard), key.h, operation.op_id, operation.fingerprint
+
+
+def _outcome(row: tuple[bool, bool]) -> Outcome:
+    here, new = row
+    if not here:
+        return Outcome.REFUSED
+    return Outcome.DONE if new else Outcome.REPEATED

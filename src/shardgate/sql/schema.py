@@ -29,6 +29,7 @@ from sqlalchemy import (
     String,
     Table,
     Text,
+    type_coerce,
 )
 from sqlalchemy.dialects import mysql
 from sqlalchemy.ext.compiler import compiles
@@ -102,6 +103,69 @@ class ExactText(TypeDecorator[str]):
     def bind_expression(self, bindvalue: BindParameter[str]) -> ColumnElement[str] | None:
         """Bytes travel as hexadecimal text: aiomysql cannot send them with every PyMySQL."""
         return _id_bytes(bindvalue)
+
+    def process_result_value(self, value: Any, dialect: SQLAlchemyDialect) -> str | None:
+        return value.decode() if isinstance(value, bytes) else value
+
+
+class _stored_text(FunctionElement[str]):  # noqa: N801 - an SQL function, named as those are
+    """A bound text, in the column's character set whatever the connection's is."""
+
+    inherit_cache = True
+
+
+@compiles(_stored_text)
+def _text_as_bound(element: _stored_text, compiler: Any, **options: Any) -> str:
+    return str(compiler.process(element.clauses.clauses[0], **options))
+
+
+@compiles(_stored_text, "mysql")
+@compiles(_stored_text, "mariadb")
+def _unhex_text(element: _stored_text, compiler: Any, **options: Any) -> str:
+    value = compiler.process(element.clauses.clauses[0], **options)
+    return f"CONVERT(UNHEX({value}) USING utf8mb4)"
+
+
+class _read_bytes(FunctionElement[str]):  # noqa: N801 - an SQL function, named as those are
+    """A stored text as bytes, which no connection's character set changes."""
+
+    inherit_cache = True
+
+
+@compiles(_read_bytes)
+def _text_as_stored(element: _read_bytes, compiler: Any, **options: Any) -> str:
+    return str(compiler.process(element.clauses.clauses[0], **options))
+
+
+@compiles(_read_bytes, "mysql")
+@compiles(_read_bytes, "mariadb")
+def _cast_to_bytes(element: _read_bytes, compiler: Any, **options: Any) -> str:
+    return f"CAST({compiler.process(element.clauses.clauses[0], **options)} AS BINARY)"
+
+
+class ItemText(TypeDecorator[str]):
+    """An item's text: on MySQL and MariaDB, whatever the connection's character set."""
+
+    impl = Text
+    cache_ok = True
+
+    def load_dialect_impl(self, dialect: SQLAlchemyDialect) -> TypeEngine[Any]:
+        long = dialect.name in _MYSQL
+        return dialect.type_descriptor(mysql.LONGTEXT() if long else Text())
+
+    def bind_processor(self, dialect: SQLAlchemyDialect) -> Any:
+        """As hexadecimal text on MySQL and MariaDB."""
+        if dialect.name in _MYSQL:
+            return lambda value: None if value is None else value.encode().hex()
+        return super().bind_processor(dialect)
+
+    def bind_expression(self, bindvalue: BindParameter[str]) -> ColumnElement[str] | None:
+        """Back from hexadecimal."""
+        return _stored_text(bindvalue)
+
+    def column_expression(self, column: ColumnElement[str]) -> ColumnElement[str] | None:
+        """As bytes."""
+        return type_coerce(_read_bytes(column), self)
 
     def process_result_value(self, value: Any, dialect: SQLAlchemyDialect) -> str | None:
         return value.decode() if isinstance(value, bytes) else value
@@ -239,7 +303,7 @@ def _messages(name: str, metadata: MetaData) -> Table:
         metadata,
         *_key_columns(),
         _big("seq", primary_key=True),
-        Column("message_data", _long_text(), nullable=False),
+        Column("message_data", ItemText(), nullable=False),
         Column("op_id", ExactText(_OP_CHARACTERS)),
         _big("nbytes"),
         Column("codec", String(16)),
@@ -262,7 +326,7 @@ def _ops(name: str, metadata: MetaData) -> Table:
         Column("fingerprint", String(64)),
         Column("first_seq", BigInteger),
         Column("n", Integer),
-        Column("result", _long_text()),
+        Column("result", ItemText()),
         Column("created_at", _timestamp(), nullable=False),
         **_TABLE_OPTIONS,
     )

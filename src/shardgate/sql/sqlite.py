@@ -15,12 +15,35 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from shardgate.settling import settle
-from shardgate.sql.dialect import LISTED_AT_SECONDS, Dialect, Key, Popped, Row, nbytes, one_line
+from shardgate.sql.dialect import (
+    LISTED_AT_SECONDS,
+    Dialect,
+    Guard,
+    Key,
+    Operation,
+    Outcome,
+    Row,
+    nbytes,
+    one_line,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
 T = TypeVar("T")
+
+_GUARD = """
+    SELECT 1 FROM {slots} AS slot, {tenants} AS tenant
+    WHERE slot.slot = :slot AND slot.owner = :owner AND slot.state = 'owned'
+        AND tenant.tenant_id = :tenant AND tenant.status = 'admitted'
+"""
+
+_OP = """
+    INSERT INTO {ops}
+        (h, tenant_id, session_id, op_id, kind, fingerprint, first_seq, n, result, created_at)
+    VALUES (:h, :tenant, :session, :op, :kind, :fingerprint, :first, :n, :result, :now)
+    ON CONFLICT DO NOTHING
+"""
 
 _APPEND_SESSION = """
     INSERT INTO {sessions}
@@ -39,8 +62,8 @@ _APPEND_SESSION = """
 _NEXT_SEQ = "SELECT next_seq FROM {sessions} WHERE tenant_id = :tenant AND session_id = :session"
 
 _APPEND_ITEM = """
-    INSERT INTO {messages} (tenant_id, session_id, seq, message_data, nbytes, created_at)
-    VALUES (?, ?, ?, ?, ?, ?)
+    INSERT INTO {messages} (tenant_id, session_id, seq, message_data, op_id, nbytes, created_at)
+    VALUES (?, ?, ?, ?, ?, ?, ?)
 """
 
 _TAIL = """
@@ -95,6 +118,8 @@ class SQLite(Dialect):
         def write(statement: str) -> str:
             return one_line(statement.format_map(names))
 
+        self.guard_sql = write(_GUARD) if self.tables.of_gateway else None
+        self.op_sql = write(_OP)
         self.append_session_sql = write(_APPEND_SESSION)
         self.next_seq_sql = write(_NEXT_SEQ)
         self.append_item_sql = write(_APPEND_ITEM)
@@ -105,21 +130,32 @@ class SQLite(Dialect):
         self.delete_items_sql = write(_DELETE_ITEMS)
 
     async def append(
-        self, connection: Any, key: Key, items: Sequence[str], incarnation: int
-    ) -> None:
-        await _on_thread(connection, self._append, key, items, incarnation)
+        self,
+        connection: Any,
+        key: Key,
+        guard: Guard | None,
+        operation: Operation,
+        items: Sequence[str],
+        incarnation: int,
+    ) -> Outcome:
+        return await _on_thread(connection, self._append, key, guard, operation, items, incarnation)
 
-    async def tail(self, connection: Any, key: Key, limit: int | None) -> list[Row]:
-        return await _on_thread(connection, self._tail, key, limit)
+    async def tail(
+        self, connection: Any, key: Key, guard: Guard | None, limit: int | None
+    ) -> list[Row] | None:
+        return await _on_thread(connection, self._tail, key, guard, limit)
 
-    async def pop(self, connection: Any, key: Key) -> Popped:
-        return await _on_thread(connection, self._pop, key)
+    async def pop(
+        self, connection: Any, key: Key, guard: Guard | None, operation: Operation
+    ) -> tuple[Outcome, str | None]:
+        return await _on_thread(connection, self._pop, key, guard, operation)
 
-    async def clear(self, connection: Any, key: Key) -> None:
-        await _on_thread(connection, self._clear, key)
+    async def clear(
+        self, connection: Any, key: Key, guard: Guard | None, operation: Operation
+    ) -> Outcome:
+        return await _on_thread(connection, self._clear, key, guard, operation)
 
-    def in_transaction(self, connection: Any) -> bool:
-        """Asked on the connection's thread, within each operation: see ``_transaction``."""
+    def is_passing(self, error: BaseException) -> bool:
         return False
 
     async def abandon(self, connection: Any) -> None:
@@ -132,54 +168,94 @@ class SQLite(Dialect):
         busy = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
         return isinstance(error, BusyConnection) or code in busy
 
-    def _append(self, connection: Any, key: Key, items: Sequence[str], incarnation: int) -> None:
+    def _append(
+        self,
+        connection: Any,
+        key: Key,
+        guard: Guard | None,
+        operation: Operation,
+        items: Sequence[str],
+        incarnation: int,
+    ) -> Outcome:
         now = datetime.now(UTC)
         sizes = [nbytes(item) for item in items]
-        ids = _ids(key)
-        session = ids | {
-            "h": key.h,
+        values = _change(key, operation, now, n=len(items)) | {
             "incarnation": incarnation,
-            "n": len(items),
             "size": sum(sizes),
-            "now": _timestamp(now),
             "stale": _timestamp(now - timedelta(seconds=LISTED_AT_SECONDS)),
         }
         with _transaction(connection) as raw:
-            raw.execute(self.append_session_sql, session)
-            ((next_seq,),) = raw.execute(self.next_seq_sql, ids)
-            first = next_seq - len(items)
+            outcome = self._admit(raw, key, guard, values)
+            if outcome is not Outcome.DONE:
+                return outcome
+            raw.execute(self.append_session_sql, values)
+            ((next_seq,),) = raw.execute(self.next_seq_sql, values)
+            row = (key.tenant_id, key.session_id)
             raw.executemany(
                 self.append_item_sql,
                 [
-                    (key.tenant_id, key.session_id, first + place, item, size, session["now"])
-                    for place, (item, size) in enumerate(zip(items, sizes, strict=True))
+                    (*row, seq, item, operation.op_id, size, values["now"])
+                    for seq, item, size in zip(
+                        range(next_seq - len(items), next_seq), items, sizes, strict=True
+                    )
                 ],
             )
+            return Outcome.DONE
 
-    def _tail(self, connection: Any, key: Key, limit: int | None) -> list[Row]:
-        parameters = _ids(key) | {"limit": _ALL if limit is None else limit}
-        with _idle(connection) as raw:
-            return [Row(seq, data) for seq, data, _ in raw.execute(self.tail_sql, parameters)]
+    def _tail(
+        self, connection: Any, key: Key, guard: Guard | None, limit: int | None
+    ) -> list[Row] | None:
+        values = _ids(key) | {"limit": _ALL if limit is None else limit}
+        with _transaction(connection, "BEGIN") as raw:
+            if not self._holds(raw, key, guard):
+                return None
+            return [Row(seq, data) for seq, data, _ in raw.execute(self.tail_sql, values)]
 
-    def _pop(self, connection: Any, key: Key) -> Popped:
-        ids = _ids(key)
+    def _pop(
+        self, connection: Any, key: Key, guard: Guard | None, operation: Operation
+    ) -> tuple[Outcome, str | None]:
         with _transaction(connection) as raw:
-            row = raw.execute(self.tail_sql, ids | {"limit": 1}).fetchone()
+            if not self._holds(raw, key, guard):
+                return Outcome.REFUSED, None
+            row = raw.execute(self.tail_sql, _ids(key) | {"limit": 1}).fetchone()
             if row is None:
-                return Popped("empty")
+                return Outcome.EMPTY, None
             seq, data, size = row
             if not _is_json(data):
-                return Popped("undecodable")
-            raw.execute(self.delete_item_sql, ids | {"seq": seq})
-            now = _timestamp(datetime.now(UTC))
-            raw.execute(self.count_pop_sql, ids | {"size": size, "now": now})
-            return Popped("popped", data)
+                return Outcome.UNDECODABLE, None
+            values = _change(key, operation, datetime.now(UTC), n=1)
+            values |= {"first": seq, "result": data, "seq": seq, "size": size}
+            if raw.execute(self.op_sql, values).rowcount == 0:
+                return Outcome.REPEATED, None
+            raw.execute(self.delete_item_sql, values)
+            raw.execute(self.count_pop_sql, values)
+            return Outcome.DONE, data
 
-    def _clear(self, connection: Any, key: Key) -> None:
-        ids = _ids(key)
+    def _clear(
+        self, connection: Any, key: Key, guard: Guard | None, operation: Operation
+    ) -> Outcome:
+        values = _change(key, operation, datetime.now(UTC), n=None)
         with _transaction(connection) as raw:
-            raw.execute(self.clear_session_sql, ids | {"now": _timestamp(datetime.now(UTC))})
-            raw.execute(self.delete_items_sql, ids)
+            outcome = self._admit(raw, key, guard, values)
+            if outcome is Outcome.DONE:
+                raw.execute(self.clear_session_sql, values)
+                raw.execute(self.delete_items_sql, values)
+            return outcome
+
+    def _holds(self, raw: sqlite3.Connection, key: Key, guard: Guard | None) -> bool:
+        if guard is None or self.guard_sql is None:
+            return True
+        values = {"slot": guard.slot, "owner": guard.owner, "tenant": key.tenant_id}
+        return raw.execute(self.guard_sql, values).fetchone() is not None
+
+    def _admit(
+        self, raw: sqlite3.Connection, key: Key, guard: Guard | None, values: dict[str, Any]
+    ) -> Outcome:
+        """Check the guard, and record the operation if it is new."""
+        if not self._holds(raw, key, guard):
+            return Outcome.REFUSED
+        new = raw.execute(self.op_sql, values).rowcount == 1
+        return Outcome.DONE if new else Outcome.REPEATED
 
 
 async def _on_thread(connection: Any, act: Callable[..., T], *arguments: Any) -> T:
@@ -190,6 +266,19 @@ async def _on_thread(connection: Any, act: Callable[..., T], *arguments: Any) ->
 
 def _ids(key: Key) -> dict[str, Any]:
     return {"tenant": key.tenant_id, "session": key.session_id}
+
+
+def _change(key: Key, operation: Operation, now: datetime, *, n: int | None) -> dict[str, Any]:
+    return _ids(key) | {
+        "h": key.h,
+        "op": operation.op_id,
+        "kind": operation.kind,
+        "fingerprint": operation.fingerprint,
+        "first": None,
+        "n": n,
+        "result": None,
+        "now": _timestamp(now),
+    }
 
 
 def _timestamp(moment: datetime) -> str:
@@ -203,6 +292,22 @@ def _is_json(data: object) -> bool:
     except (ValueError, TypeError, RecursionError):
         return False
     return True
+
+
+async def begin_immediate(connection: Any) -> None:
+    """Take the database's write lock on a driver's connection that SQLAlchemy has begun with.
+
+    What a "begin" listener has begun is empty so far, and is begun anew.
+    """
+
+    def begin(connection: Any) -> None:
+        if is_always_in_transaction(connection):
+            return
+        if connection._conn.in_transaction:
+            connection._conn.execute("ROLLBACK")
+        connection._conn.execute("BEGIN IMMEDIATE")
+
+    await _on_thread(connection, begin)
 
 
 def is_always_in_transaction(connection: Any) -> bool:
@@ -227,9 +332,9 @@ def _idle(connection: Any) -> Iterator[sqlite3.Connection]:
 
 
 @contextmanager
-def _transaction(connection: Any) -> Iterator[sqlite3.Connection]:
+def _transaction(connection: Any, begin: str = "BEGIN IMMEDIATE") -> Iterator[sqlite3.Connection]:
     with _idle(connection) as raw:
-        raw.execute("BEGIN IMMEDIATE")
+        raw.execute(begin)
         try:
             yield raw
             raw.execute("COMMIT")

@@ -7,13 +7,13 @@ every database), so that what they read next cannot change before they commit.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from sqlalchemy import DateTime, and_, delete, func, insert, literal, or_, select, update
+from sqlalchemy import DateTime, and_, delete, insert, or_, select, true, update
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import FunctionElement
 
-from shardgate.sql.dialect import Row, nbytes
+from shardgate.sql.dialect import Operation, Row, nbytes
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -22,13 +22,19 @@ if TYPE_CHECKING:
     from sqlalchemy import ColumnElement, Table
     from sqlalchemy.ext.asyncio import AsyncConnection
 
-    from shardgate.sql.dialect import Key
+    from shardgate.sql.dialect import Guard, Key
     from shardgate.sql.schema import Tables
 
     Decode = Callable[[str], Awaitable[object]]
     """Gives the item, or raises :class:`UndecodableError`."""
 
 _BATCH = 100
+VOID: Literal["void"] = "void"
+"""The kind of an operation that was burnt before it took effect."""
+
+
+class RefusedError(Exception):
+    """The guard did not hold: the session lives elsewhere, or its tenant is not admitted here."""
 
 
 class UndecodableError(ValueError):
@@ -59,6 +65,15 @@ def _sqlite_now(element: utc_now, compiler: Any, **options: Any) -> str:
 
 
 @dataclass(frozen=True, slots=True)
+class RecordedOp:
+    """An operation that took effect, or was burnt (kind "void")."""
+
+    kind: str
+    fingerprint: str | None
+    result: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class Tail:
     """The newest rows of a session, oldest first, as one statement saw them."""
 
@@ -83,8 +98,96 @@ class SessionInfo:
     listed_at: datetime
 
 
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """A shard's part of a listing: sessions with their ``h``, and which slot map they belong to.
+
+    Not all of them need be the shard's: rows of slots that it does not own are still to be left
+    out.
+    """
+
+    map_version: int
+    sessions: tuple[tuple[int, SessionInfo], ...]
+
+
 def _of(table: Table, key: Key) -> ColumnElement[bool]:
     return and_(table.c.tenant_id == key.tenant_id, table.c.session_id == key.session_id)
+
+
+async def check_guard(
+    connection: AsyncConnection, tables: Tables, tenant_id: str, guard: Guard | None
+) -> None:
+    """Hold the guard until the transaction ends; raises RefusedError where it fails."""
+    if guard is None:
+        return
+    slots, tenants = tables.slots, tables.tenants
+    for statement in (
+        select(slots.c.slot).where(
+            slots.c.slot == guard.slot, slots.c.owner == guard.owner, slots.c.state == "owned"
+        ),
+        select(tenants.c.tenant_id).where(
+            tenants.c.tenant_id == tenant_id, tenants.c.status == "admitted"
+        ),
+    ):
+        shared = statement.with_for_update(read=True, key_share=True)
+        if (await connection.execute(shared)).one_or_none() is None:
+            raise RefusedError
+
+
+async def find_op(
+    connection: AsyncConnection, tables: Tables, key: Key, op_id: str
+) -> RecordedOp | None:
+    """What is recorded of an operation; None where it has not taken effect."""
+    ops = tables.ops
+    row = await connection.execute(
+        select(ops.c.kind, ops.c.fingerprint, ops.c.result).where(
+            ops.c.h == key.h, _of(ops, key), ops.c.op_id == op_id
+        )
+    )
+    found = row.one_or_none()
+    return None if found is None else RecordedOp(*found)
+
+
+async def burn_op(
+    connection: AsyncConnection, tables: Tables, key: Key, guard: Guard | None, op_id: str
+) -> RecordedOp | None:
+    """Record that the operation will not take effect, unless it has.
+
+    Its unique key is what decides between this and the operation itself, should it still come.
+    """
+    await check_guard(connection, tables, key.tenant_id, guard)
+    known = await find_op(connection, tables, key, op_id)
+    if known is None:
+        await _record_op(connection, tables, key, Operation(op_id, VOID))
+    return None if known is None or known.kind == VOID else known
+
+
+async def _record_op(
+    connection: AsyncConnection,
+    tables: Tables,
+    key: Key,
+    operation: Operation,
+    *,
+    n: int | None = None,
+    result: str | None = None,
+) -> None:
+    """Record an operation that is taking effect in this transaction.
+
+    The session's row is locked before: so a twin of the same op_id has committed, or waits.
+    """
+    await connection.execute(
+        insert(tables.ops).values(
+            h=key.h,
+            tenant_id=key.tenant_id,
+            session_id=key.session_id,
+            op_id=operation.op_id,
+            kind=operation.kind,
+            fingerprint=operation.fingerprint,
+            n=n,
+            result=result,
+            created_at=utc_now(),
+        )
+    )
 
 
 async def _lock(connection: AsyncConnection, tables: Tables, key: Key) -> Any | None:
@@ -129,14 +232,25 @@ async def _remove(
 
 
 async def pop_decodable(
-    connection: AsyncConnection, tables: Tables, key: Key, decode: Decode
+    connection: AsyncConnection,
+    tables: Tables,
+    key: Key,
+    guard: Guard | None,
+    operation: Operation,
+    decode: Decode,
 ) -> tuple[object | None, int]:
     """Remove the newest row that ``decode`` can read; the rows that it cannot read stay.
+
+    Where this operation took effect before, the item that it removed then.
 
     Returns:
         The item (None: there is none), and how many newer rows were passed over.
     """
+    await check_guard(connection, tables, key.tenant_id, guard)
     session = await _lock(connection, tables, key)
+    known = await find_op(connection, tables, key, operation.op_id)
+    if known is not None:
+        return None if known.result is None else await decode(known.result), 0
     if session is None:
         return None, 0
     messages, before, passed = tables.messages, session.next_seq, 0
@@ -154,6 +268,7 @@ async def pop_decodable(
             except UndecodableError:
                 passed += 1
                 continue
+            await _record_op(connection, tables, key, operation, n=1, result=data)
             await _remove(connection, tables, key, [seq])
             await _account(connection, tables, key, items=-1, size=-size)
             return item, passed
@@ -162,8 +277,11 @@ async def pop_decodable(
         before = batch[-1].seq
 
 
-async def read_tail(connection: AsyncConnection, tables: Tables, key: Key, limit: int) -> Tail:
+async def read_tail(
+    connection: AsyncConnection, tables: Tables, key: Key, guard: Guard | None, limit: int
+) -> Tail:
     """The newest ``limit`` rows with the incarnation that they belong to, in one statement."""
+    await check_guard(connection, tables, key.tenant_id, guard)
     sessions, messages = tables.sessions, tables.messages
     rows = await connection.execute(
         select(sessions.c.incarnation, messages.c.seq, messages.c.message_data)
@@ -191,6 +309,8 @@ async def replace_tail(
     connection: AsyncConnection,
     tables: Tables,
     key: Key,
+    guard: Guard | None,
+    operation: Operation,
     *,
     incarnation: int | None,
     expected: Sequence[int],
@@ -206,7 +326,10 @@ async def replace_tail(
         False, with nothing changed, where the session was changed or made anew meanwhile:
         (incarnation, seq) never changes its content, so equal numbers are equal rows.
     """
+    await check_guard(connection, tables, key.tenant_id, guard)
     session = await _lock(connection, tables, key)
+    if await find_op(connection, tables, key, operation.op_id) is not None:
+        return True
     if session is None or session.incarnation != incarnation:
         return False
     messages = tables.messages
@@ -225,11 +348,39 @@ async def replace_tail(
         removed += await _prunable(connection, tables, present, expected[0], prune)
     for start in range(0, len(removed), _BATCH):
         await _remove(connection, tables, key, [seq for seq, _ in removed[start : start + _BATCH]])
+    await _record_op(connection, tables, key, operation, n=len(items))
     await _insert(connection, tables, key, session.next_seq, items)
     size = sum(map(nbytes, items)) - sum(size for _, size in removed)
     await _account(
         connection, tables, key, items=len(items) - len(removed), size=size, added=len(items)
     )
+    return True
+
+
+async def replace_all(
+    connection: AsyncConnection,
+    tables: Tables,
+    key: Key,
+    guard: Guard | None,
+    operation: Operation,
+    *,
+    items: Sequence[str],
+) -> bool:
+    """Put ``items`` in the place of everything; False where there is no such session."""
+    await check_guard(connection, tables, key.tenant_id, guard)
+    session = await _lock(connection, tables, key)
+    if await find_op(connection, tables, key, operation.op_id) is not None:
+        return True
+    if session is None:
+        return False
+    sessions, messages = tables.sessions, tables.messages
+    await connection.execute(delete(messages).where(_of(messages, key)))
+    emptied = {"floor_seq": session.next_seq, "item_count": 0, "byte_count": 0}
+    await connection.execute(update(sessions).where(_of(sessions, key)).values(emptied))
+    await _record_op(connection, tables, key, operation, n=len(items))
+    await _insert(connection, tables, key, session.next_seq, items)
+    size = sum(map(nbytes, items))
+    await _account(connection, tables, key, items=len(items), size=size, added=len(items))
     return True
 
 
@@ -282,12 +433,15 @@ async def _insert(
     )
 
 
-async def delete_session(connection: AsyncConnection, tables: Tables, key: Key) -> bool:
+async def delete_session(
+    connection: AsyncConnection, tables: Tables, key: Key, guard: Guard | None
+) -> bool:
     """Remove the session with everything in it; its ops stay until their time is over.
 
     The row's lock comes first: an append that holds it commits before, and its items are removed
     too; one that waits for it finds no session and makes a new incarnation.
     """
+    await check_guard(connection, tables, key.tenant_id, guard)
     if await _lock(connection, tables, key) is None:
         return False
     for table in (tables.messages, tables.sessions):
@@ -302,32 +456,29 @@ async def list_sessions(
     *,
     limit: int,
     after: tuple[datetime, str] | None,
-) -> list[SessionInfo]:
-    """A page of a tenant's sessions, newest ``listed_at`` first, then by id downwards."""
+) -> Listed:
+    """A page of a tenant's sessions, newest ``listed_at`` first, then by id downwards.
+
+    One statement, so that the rows and the version of the slot map belong together.
+    """
     sessions = tables.sessions
-    statement = select(
-        sessions.c.session_id,
-        sessions.c.item_count,
-        sessions.c.byte_count,
-        sessions.c.created_at,
-        sessions.c.updated_at,
-        sessions.c.listed_at,
-    ).where(sessions.c.tenant_id == tenant_id)
+    page = select(sessions).where(sessions.c.tenant_id == tenant_id)
     if after is not None:
         listed_at, session_id = after
-        statement = statement.where(
+        page = page.where(
             sessions.c.listed_at <= listed_at,
             or_(sessions.c.listed_at < listed_at, sessions.c.session_id < session_id),
         )
-    statement = statement.order_by(sessions.c.listed_at.desc(), sessions.c.session_id.desc())
-    rows = await connection.execute(statement.limit(limit))
-    return [SessionInfo(*row) for row in rows]
-
-
-async def count_sessions(connection: AsyncConnection, tables: Tables) -> int:
-    """How many sessions this shard holds."""
-    return int(
-        (
-            await connection.execute(select(func.count(literal(1))).select_from(tables.sessions))
-        ).scalar_one()
+    order = sessions.c.listed_at.desc(), sessions.c.session_id.desc()
+    listed = page.order_by(*order).limit(limit).subquery()
+    fields = [listed.c[field] for field in SessionInfo.__dataclass_fields__]
+    rows = await connection.execute(
+        select(tables.shard.c.map_version, listed.c.h, *fields)
+        .select_from(tables.shard.outerjoin(listed, true()))
+        .order_by(listed.c.listed_at.desc(), listed.c.session_id.desc())
+    )
+    found = rows.all()
+    return Listed(
+        map_version=found[0][0],
+        sessions=tuple((h, SessionInfo(*info)) for _, h, *info in found if h is not None),
     )

@@ -1,0 +1,257 @@
+"""A keyspace at work: what this process knows of its slot map, and finding sessions by it.
+
+What is known may be out of date, and nothing depends on it: each statement has the shard itself
+confirm that it owns the session's slot. Where the guard fails, the shard's own record tells where
+the slot has gone; where that leads nowhere, all shards are read afresh.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from shardgate.errors import OwnershipConflict, ShardUnavailable, TenantRefused, UsageError
+from shardgate.router import route
+from shardgate.slotmap import ADMITTED, DRAINING, OWNED, admit, create, load, owned_slots, standing
+from shardgate.slots import from_signed, slot_of, tenant_slots
+from shardgate.sql.dialect import Guard, Key
+from shardgate.sql.transactions import RefusedError
+from shardgate.store import Place, Store
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Iterable, Mapping
+
+    from shardgate.router import Route
+    from shardgate.shards import Shard
+    from shardgate.slotmap import Plan, Standing
+    from shardgate.sql.transactions import Listed, SessionInfo
+    from shardgate.topology import KeyspaceMap
+
+T = TypeVar("T")
+
+_POLL = 0.02
+"""Seconds between two looks at a slot that is being moved, or that nobody seems to have."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A shard's part of a listing, and the slots that it owned at that moment."""
+
+    owned: frozenset[int]
+    sessions: list[SessionInfo]
+
+
+class Keyspace:
+    """One keyspace of a gateway."""
+
+    def __init__(
+        self, plan: Plan, shards: Mapping[str, Shard], *, creates: bool, deadline: float
+    ) -> None:
+        self.plan = plan
+        self.shards = shards
+        self.map: KeyspaceMap | None = None
+        self._stores = {name: Store(shard) for name, shard in shards.items()}
+        self._creates = creates
+        self._deadline = deadline
+        self._loading: asyncio.Task[KeyspaceMap] | None = None
+        self._owned: dict[str, tuple[int, frozenset[int]]] = {}
+
+    async def create(self) -> None:
+        """Create the keyspace on its shards, or what is missing of it."""
+        await create(self.plan, self.shards)
+        self.map = await load(self.plan, self.shards)
+
+    async def known(self) -> KeyspaceMap:
+        """The map: as known, or read now."""
+        return self.map or await self._read()
+
+    async def close(self) -> None:
+        """End what goes on in the background."""
+        if self._loading is not None:
+            self._loading.cancel()
+            await asyncio.wait([self._loading])
+
+    async def perform(
+        self, tenant_id: str, session_id: str, act: Callable[[Store, Place], Awaitable[T]]
+    ) -> T:
+        """Run ``act`` where the session lives, following it for as long as the deadline allows.
+
+        Raises:
+            OwnershipConflict: no shard that answers owns the session's slot.
+            TenantRefused: the tenant is not admitted there.
+        """
+        clock = asyncio.get_running_loop().time
+        give_up = clock() + self._deadline
+        while True:
+            known = await self.known()
+            where = route(known, tenant_id, session_id)
+            guard = Guard(where.slot, known.uuids[where.shard])
+            place = Place(Key(tenant_id, session_id, where.h), guard)
+            try:
+                return await act(self._stores[where.shard], place)
+            except RefusedError:
+                if clock() > give_up:
+                    raise self._nobody_has(where) from None
+            await self._learn(known, where, tenant_id)
+
+    async def survey(
+        self, tenant_id: str, *, limit: int, after: Any, partial_: bool
+    ) -> tuple[list[list[SessionInfo]], tuple[str, ...]]:
+        """A page of a tenant's sessions from each shard, and the shards that did not answer.
+
+        Every slot that the tenant's sessions can be in is claimed by exactly one of the answers, or
+        was owned by a shard that did not answer: while slots change hands between two answers, all
+        are asked again.
+        """
+        clock = asyncio.get_running_loop().time
+        give_up = clock() + self._deadline
+        while True:
+            known = await self.known()
+            slots = tenant_slots(tenant_id, slots=known.slots, spread=known.spread)
+            wanted = frozenset(range(known.slots)) if slots is None else slots
+            owners = sorted({known.owner(slot) for slot in wanted})
+            answers, down = await self._ask(owners, tenant_id, limit, after)
+            if down and not partial_:
+                raise next(iter(down.values()))
+            claims = Counter(slot for answer in answers for slot in answer.owned & wanted)
+            missing = {known.owner(slot) for slot in wanted - claims.keys()}
+            if missing <= down.keys() and max(claims.values(), default=1) == 1:
+                return [answer.sessions for answer in answers], tuple(down)
+            if clock() > give_up:
+                raise OwnershipConflict(
+                    f"keyspace {self.plan.keyspace!r}: a tenant's slots are owned by no shard that "
+                    "answers, or by two",
+                    keyspace=self.plan.keyspace,
+                )
+            await asyncio.sleep(_POLL)
+            await self._read()
+
+    async def _ask(
+        self, names: Iterable[str], tenant_id: str, limit: int, after: Any
+    ) -> tuple[list[Answer], dict[str, ShardUnavailable]]:
+        names = list(names)
+        outcomes = await asyncio.gather(
+            *(self._ask_one(name, tenant_id, limit, after) for name in names),
+            return_exceptions=True,
+        )
+        answers: list[Answer] = []
+        down: dict[str, ShardUnavailable] = {}
+        for name, outcome in zip(names, outcomes, strict=True):
+            if isinstance(outcome, ShardUnavailable):
+                down[name] = outcome
+            elif isinstance(outcome, BaseException):
+                raise outcome
+            else:
+                answers.append(outcome)
+        return answers, down
+
+    async def _ask_one(self, name: str, tenant_id: str, limit: int, after: Any) -> Answer:
+        """A shard's page, with the slots that it owned at that moment.
+
+        These are remembered by the version of its slot map. Where it has changed they are read, and
+        the page is asked for again.
+        """
+        sessions: list[SessionInfo] = []
+        place = after
+        while True:
+            listed = await self._stores[name].page(tenant_id, limit=limit, after=place)
+            version, owned = self._owned.get(name, (None, frozenset()))
+            if version != listed.map_version:
+                self._owned[name] = await owned_slots(self.shards[name])
+                sessions, place = [], after
+                continue
+            sessions += self._visible(listed, owned)
+            if len(listed.sessions) < limit or len(sessions) >= limit:
+                return Answer(owned, sessions)
+            _, last = listed.sessions[-1]
+            place = last.listed_at, last.session_id
+
+    def _visible(self, listed: Listed, owned: frozenset[int]) -> list[SessionInfo]:
+        """The sessions that are the shard's: what it has copied, or not yet purged, is not."""
+        slots = self.plan.slots
+        return [info for h, info in listed.sessions if slot_of(from_signed(h), slots) in owned]
+
+    async def _learn(self, known: KeyspaceMap, where: Route, tenant_id: str) -> None:
+        """Find out why the guard failed, and what to do about it."""
+        said = await standing(self.shards[where.shard], where.slot, tenant_id)
+        own = known.uuids[where.shard]
+        if said.shard_uuid != own:
+            raise self._not_itself(where.shard, said)
+        if said.slot is not None and said.slot.owner == own:
+            await self._wait_or_admit(where.shard, said, tenant_id)
+            return
+        if not self._follow(known, where, said):
+            await self._read()
+            await asyncio.sleep(_POLL)
+
+    async def _wait_or_admit(self, shard: str, said: Standing, tenant_id: str) -> None:
+        state = "" if said.slot is None else said.slot.state
+        if state == OWNED and said.tenant is None:
+            await admit(self.shards[shard], tenant_id)
+        elif state == OWNED and said.tenant != ADMITTED:
+            raise TenantRefused(
+                f"tenant {tenant_id!r} is {said.tenant} in keyspace {self.plan.keyspace!r}",
+                tenant=tenant_id,
+            )
+        elif state == DRAINING:
+            await asyncio.sleep(_POLL)
+
+    def _follow(self, known: KeyspaceMap, where: Route, said: Standing) -> bool:
+        """Take a shard's word for where a slot has gone, unless it is older than what is known."""
+        if said.slot is None or said.slot.epoch < where.epoch:
+            return False
+        owner = next((name for name, uuid in known.uuids.items() if uuid == said.slot.owner), None)
+        if owner not in self.shards or owner == where.shard:
+            return False
+        current = self.map or known
+        self.map = current.with_slot(where.slot, str(owner), said.slot.epoch)
+        return True
+
+    def _not_itself(self, shard: str, said: Standing) -> OwnershipConflict:
+        found = "has no record of its own" if said.shard_uuid is None else "is another shard"
+        return OwnershipConflict(
+            f"keyspace {self.plan.keyspace!r}: shard {shard!r} {found} (UUID {said.shard_uuid}): "
+            "is its URL the right one?",
+            keyspace=self.plan.keyspace,
+        )
+
+    def _nobody_has(self, where: Route) -> OwnershipConflict:
+        return OwnershipConflict(
+            f"keyspace {self.plan.keyspace!r}: slot {where.slot} was refused by shard "
+            f"{where.shard!r} and is owned by no shard that answers",
+            keyspace=self.plan.keyspace,
+        )
+
+    async def _read(self) -> KeyspaceMap:
+        """Read the map afresh, once for all who ask meanwhile.
+
+        They share the outcome: to ask again one after the other would outlast their deadlines.
+        """
+        loading = self._loading or self._start_loading()
+        await asyncio.wait([loading])
+        if loading.cancelled():
+            raise UsageError("the gateway has been closed")
+        return loading.result()
+
+    def _start_loading(self) -> asyncio.Task[KeyspaceMap]:
+        def end(loading: asyncio.Task[KeyspaceMap]) -> None:
+            self._loading = None
+            if not loading.cancelled():
+                loading.exception()  # retrieved, in case that everybody who asked was cancelled
+
+        self._loading = asyncio.create_task(self._load())
+        self._loading.add_done_callback(end)
+        return self._loading
+
+    async def _load(self) -> KeyspaceMap:
+        if self._creates and self.map is None:
+            try:
+                await create(self.plan, self.shards)
+            except ShardUnavailable:
+                # Where the keyspace exists, the shards that answer are enough to serve.
+                self.map = await load(self.plan, self.shards)
+                return self.map
+        self.map = await load(self.plan, self.shards)
+        return self.map
