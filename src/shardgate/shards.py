@@ -256,7 +256,7 @@ class Database:
             return await self._once(action, attempt)
 
     async def _once(self, action: Callable[[Any], Awaitable[T]], attempt: Attempt) -> T:
-        async with self._only_user(), self._checked_out(attempt) as connection:
+        async with self._only_user(), self._checked_out() as connection:
             return await self._act(action, connection, attempt)
 
     async def _act(
@@ -285,7 +285,7 @@ class Database:
         return bool(known)
 
     @asynccontextmanager
-    async def _checked_out(self, attempt: Attempt) -> AsyncIterator[PoolProxiedConnection]:
+    async def _checked_out(self) -> AsyncIterator[PoolProxiedConnection]:
         pool = self.engine.sync_engine.pool
         connection = await self._check_out()
         try:
@@ -408,17 +408,8 @@ class Shard(Database):
         outage: float = OUTAGE_SECONDS,
     ) -> T:
         """Run an operation; while the shard is down, fail at once, but for one probe at a time."""
-        clock = asyncio.get_running_loop().time
         if self._outage is None:
-            began = clock()
-            try:
-                answer = await super()._run(once, attempt, writes=writes, outage=outage)
-            except (ShardUnavailable, OutcomeUnknown):
-                if self._answered < began:  # nobody else has had an answer meanwhile either
-                    self._outage = Outage()
-                raise
-            self._answered = clock()
-            return answer
+            return await self._listen(super()._run(once, attempt, writes=writes, outage=outage))
         if self._outage.probed:
             raise ShardUnavailable(
                 f"shard {self.name!r} is down: another operation is asking whether it is back, and "
@@ -426,7 +417,21 @@ class Shard(Database):
                 shard=self.name,
             )
         with self._outage.probe():
-            answer = await super()._run(once, attempt, writes=writes, outage=0)
+            return await self._listen(super()._run(once, attempt, writes=writes, outage=0))
+
+    async def _listen(self, operation: Awaitable[T]) -> T:
+        """Note whether the shard has answered, be it with an error of its own."""
+        clock = asyncio.get_running_loop().time
+        began = clock()
+        try:
+            answer = await operation
+        except (ShardUnavailable, OutcomeUnknown):
+            if self._answered < began:  # nobody else has had an answer meanwhile either
+                self._outage = self._outage or Outage()
+            raise
+        except Exception:
+            self._answered, self._outage = clock(), None
+            raise
         self._answered, self._outage = clock(), None
         return answer
 
