@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from shardgate.errors import OwnershipConflict, ShardUnavailable, TenantRefused, UsageError
 from shardgate.router import route
+from shardgate.shards import ask_all
 from shardgate.slotmap import ADMITTED, DRAINING, OWNED, admit, create, load, owned_slots, standing
 from shardgate.slots import from_signed, slot_of, tenant_slots
 from shardgate.sql.dialect import Guard, Key
@@ -21,7 +22,7 @@ from shardgate.sql.transactions import RefusedError
 from shardgate.store import Place, Store
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterable, Mapping
+    from collections.abc import Awaitable, Callable, Mapping
 
     from shardgate.router import Route
     from shardgate.shards import Shard
@@ -112,13 +113,15 @@ class Keyspace:
             slots = tenant_slots(tenant_id, slots=known.slots, spread=known.spread)
             wanted = frozenset(range(known.slots)) if slots is None else slots
             owners = sorted({known.owner(slot) for slot in wanted})
-            answers, down = await self._ask(owners, tenant_id, limit, after)
+            answers, down = await ask_all(
+                {name: self._ask(name, tenant_id, limit, after) for name in owners}
+            )
             if down and not partial_:
                 raise next(iter(down.values()))
-            claims = Counter(slot for answer in answers for slot in answer.owned & wanted)
+            claims = Counter(slot for answer in answers.values() for slot in answer.owned & wanted)
             missing = {known.owner(slot) for slot in wanted - claims.keys()}
             if missing <= down.keys() and max(claims.values(), default=1) == 1:
-                return [answer.sessions for answer in answers], tuple(down)
+                return [answer.sessions for answer in answers.values()], tuple(down)
             if clock() > give_up:
                 raise OwnershipConflict(
                     f"keyspace {self.plan.keyspace!r}: a tenant's slots are owned by no shard that "
@@ -128,26 +131,7 @@ class Keyspace:
             await asyncio.sleep(_POLL)
             await self._read()
 
-    async def _ask(
-        self, names: Iterable[str], tenant_id: str, limit: int, after: Any
-    ) -> tuple[list[Answer], dict[str, ShardUnavailable]]:
-        names = list(names)
-        outcomes = await asyncio.gather(
-            *(self._ask_one(name, tenant_id, limit, after) for name in names),
-            return_exceptions=True,
-        )
-        answers: list[Answer] = []
-        down: dict[str, ShardUnavailable] = {}
-        for name, outcome in zip(names, outcomes, strict=True):
-            if isinstance(outcome, ShardUnavailable):
-                down[name] = outcome
-            elif isinstance(outcome, BaseException):
-                raise outcome
-            else:
-                answers.append(outcome)
-        return answers, down
-
-    async def _ask_one(self, name: str, tenant_id: str, limit: int, after: Any) -> Answer:
+    async def _ask(self, name: str, tenant_id: str, limit: int, after: Any) -> Answer:
         """A shard's page, with the slots that it owned at that moment.
 
         These are remembered by the version of its slot map. Where it has changed they are read, and

@@ -31,7 +31,7 @@ from shardgate.sql.create import create_tables, transaction, verify_tables
 
 if TYPE_CHECKING:
     import threading
-    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
     from sqlalchemy.pool import PoolProxiedConnection
@@ -460,6 +460,26 @@ class Shard(Database):
                 shard=self.name,
             )
         return ShardUnavailable(message, shard=self.name)
+
+
+async def ask_all(
+    operations: Mapping[str, Awaitable[T]],
+) -> tuple[dict[str, T], dict[str, ShardUnavailable]]:
+    """Ask several shards at the same time: the answers by name, and the shards without one.
+
+    Any other error than a shard's absence is raised, once all have answered.
+    """
+    outcomes = await asyncio.gather(*operations.values(), return_exceptions=True)
+    answers: dict[str, T] = {}
+    down: dict[str, ShardUnavailable] = {}
+    for name, outcome in zip(operations, outcomes, strict=True):
+        if isinstance(outcome, ShardUnavailable):
+            down[name] = outcome
+        elif isinstance(outcome, BaseException):
+            raise outcome
+        else:
+            answers[name] = outcome
+    return answers, down
 
 
 def driver_error(error: DBAPIError) -> BaseException:

@@ -11,7 +11,6 @@ its slots there first has decided for everybody, and every other shard gets a co
 
 from __future__ import annotations
 
-import asyncio
 from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -27,6 +26,7 @@ from shardgate.errors import (
     ShardUnavailable,
 )
 from shardgate.settling import together
+from shardgate.shards import ask_all
 from shardgate.sql.schema import SCHEMA_VERSION
 from shardgate.sql.transactions import utc_now
 from shardgate.topology import KeyspaceMap, assign
@@ -131,19 +131,7 @@ async def read_records(
     shards: Mapping[str, Shard],
 ) -> tuple[dict[str, ShardRecord | None], dict[str, ShardUnavailable]]:
     """All shards' records, asked at the same time, and the shards that did not answer."""
-    answers = await asyncio.gather(
-        *(read_record(shard) for shard in shards.values()), return_exceptions=True
-    )
-    records: dict[str, ShardRecord | None] = {}
-    down: dict[str, ShardUnavailable] = {}
-    for name, answer in zip(shards, answers, strict=True):
-        if isinstance(answer, ShardUnavailable):
-            down[name] = answer
-        elif isinstance(answer, BaseException):
-            raise answer
-        else:
-            records[name] = answer
-    return records, down
+    return await ask_all({name: read_record(shard) for name, shard in shards.items()})
 
 
 async def load(plan: Plan, shards: Mapping[str, Shard]) -> KeyspaceMap:

@@ -61,21 +61,27 @@ _TABLE_OPTIONS: dict[str, Any] = {
 }
 
 
-class _id_bytes(FunctionElement[str]):  # noqa: N801 - an SQL function, named as those are
-    """A bound id, as the column holds it."""
+def _wrapped_on_mysql(template: str) -> type[FunctionElement[Any]]:
+    """An SQL function that wraps its argument on MySQL and MariaDB, and is nothing elsewhere."""
 
-    inherit_cache = True
+    class Wrapped(FunctionElement[Any]):
+        inherit_cache = True
+
+    @compiles(Wrapped)
+    def plain(element: Wrapped, compiler: Any, **options: Any) -> str:
+        return str(compiler.process(element.clauses.clauses[0], **options))
+
+    @compiles(Wrapped, "mysql")
+    @compiles(Wrapped, "mariadb")
+    def wrapped(element: Wrapped, compiler: Any, **options: Any) -> str:
+        return template.format(plain(element, compiler, **options))
+
+    return Wrapped
 
 
-@compiles(_id_bytes)
-def _as_bound(element: _id_bytes, compiler: Any, **options: Any) -> str:
-    return str(compiler.process(element.clauses.clauses[0], **options))
-
-
-@compiles(_id_bytes, "mysql")
-@compiles(_id_bytes, "mariadb")
-def _unhex(element: _id_bytes, compiler: Any, **options: Any) -> str:
-    return f"UNHEX({compiler.process(element.clauses.clauses[0], **options)})"
+_id_bytes = _wrapped_on_mysql("UNHEX({})")
+_stored_text = _wrapped_on_mysql("CONVERT(UNHEX({}) USING utf8mb4)")
+_read_bytes = _wrapped_on_mysql("CAST({} AS BINARY)")
 
 
 class ExactText(TypeDecorator[str]):
@@ -108,41 +114,6 @@ class ExactText(TypeDecorator[str]):
         return value.decode() if isinstance(value, bytes) else value
 
 
-class _stored_text(FunctionElement[str]):  # noqa: N801 - an SQL function, named as those are
-    """A bound text, in the column's character set whatever the connection's is."""
-
-    inherit_cache = True
-
-
-@compiles(_stored_text)
-def _text_as_bound(element: _stored_text, compiler: Any, **options: Any) -> str:
-    return str(compiler.process(element.clauses.clauses[0], **options))
-
-
-@compiles(_stored_text, "mysql")
-@compiles(_stored_text, "mariadb")
-def _unhex_text(element: _stored_text, compiler: Any, **options: Any) -> str:
-    value = compiler.process(element.clauses.clauses[0], **options)
-    return f"CONVERT(UNHEX({value}) USING utf8mb4)"
-
-
-class _read_bytes(FunctionElement[str]):  # noqa: N801 - an SQL function, named as those are
-    """A stored text as bytes, which no connection's character set changes."""
-
-    inherit_cache = True
-
-
-@compiles(_read_bytes)
-def _text_as_stored(element: _read_bytes, compiler: Any, **options: Any) -> str:
-    return str(compiler.process(element.clauses.clauses[0], **options))
-
-
-@compiles(_read_bytes, "mysql")
-@compiles(_read_bytes, "mariadb")
-def _cast_to_bytes(element: _read_bytes, compiler: Any, **options: Any) -> str:
-    return f"CAST({compiler.process(element.clauses.clauses[0], **options)} AS BINARY)"
-
-
 class ItemText(TypeDecorator[str]):
     """An item's text: on MySQL and MariaDB, whatever the connection's character set."""
 
@@ -160,11 +131,11 @@ class ItemText(TypeDecorator[str]):
         return super().bind_processor(dialect)
 
     def bind_expression(self, bindvalue: BindParameter[str]) -> ColumnElement[str] | None:
-        """Back from hexadecimal."""
+        """Back from hexadecimal, in the column's character set whatever the connection's is."""
         return _stored_text(bindvalue)
 
     def column_expression(self, column: ColumnElement[str]) -> ColumnElement[str] | None:
-        """As bytes."""
+        """As bytes, which no connection's character set changes."""
         return type_coerce(_read_bytes(column), self)
 
     def process_result_value(self, value: Any, dialect: SQLAlchemyDialect) -> str | None:
