@@ -164,7 +164,7 @@ class Store:
                 operation.fingerprint,
             ):
                 raise UsageError(
-                    f"the idempotency key {operation.op_id!r} was used before in this session, for "
+                    f"the idempotency key {operation.op_id[1:]!r} was used before in this session, for "
                     "other items or another operation: use a new one"
                 )
 

@@ -94,7 +94,7 @@ def create_tables() -> None:
     async def act(gateway: Gateway) -> None:
         await gateway.create_tables()
         for keyspace in gateway.settings.keyspaces:
-            shards = ", ".join(gateway.settings.shards_of(keyspace))
+            shards = ", ".join(sorted(gateway.settings.shards_of(keyspace)))
             output.print(f"keyspace {keyspace}: ready on {shards}", highlight=False)
 
     _with_gateway(act)
@@ -142,7 +142,7 @@ def _health_table(report: HealthReport) -> Table:
     table.add_column("state", overflow="fold")
     for column in ("server", "latency", "slots"):
         table.add_column(column)
-    for name, shard in report.shards.items():
+    for name, shard in sorted(report.shards.items()):
         latency = "" if shard.latency is None else f"{shard.latency * 1000:.1f} ms"
         slots = "" if shard.slots is None else str(shard.slots)
         state = "ok" if shard.ok else str(shard.error)
