@@ -233,7 +233,8 @@ class Database:
             return False
         if not isinstance(error, DBAPIError) or not attempt.sent:
             return True
-        return error.connection_invalidated or self._is_passing(error)
+        known = error.connection_invalidated or self._is_passing(error)
+        return known or self.dialect.is_lost(driver_error(error))
 
     def _is_passing(self, error: DBAPIError) -> bool:
         """Whether the server has refused for now: cancelled, or read-only after a failover."""

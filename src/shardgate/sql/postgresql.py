@@ -242,6 +242,10 @@ class PostgreSQL(Dialect):
     def is_passing(self, error: BaseException) -> bool:
         return isinstance(error, _PASSING)
 
+    def is_lost(self, error: BaseException) -> bool:
+        """While a connection is being made, SQLAlchemy does not take its loss for one."""
+        return isinstance(error, asyncpg.PostgresConnectionError)
+
     def in_transaction(self, connection: Any) -> bool:
         return bool(connection.is_in_transaction())
 
