@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from shardgate.errors import UsageError
 from shardgate.sql import transactions
 from shardgate.sql.dialect import Operation, Outcome
-from shardgate.sql.transactions import RefusedError, UndecodableError
+from shardgate.sql.transactions import RefusedError, RepeatedError, UndecodableError
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
     from datetime import datetime
+
+    from sqlalchemy.ext.asyncio import AsyncConnection
 
     from shardgate.shards import Database
     from shardgate.sql.dialect import Guard, Key, Row
@@ -124,26 +126,32 @@ class Store:
         recorded with the operation, so that a repetition of it returns the same item.
         """
         for _ in range(_OPTIMISTIC_POPS if codec.is_json else 0):
-            outcome, data = await self._pop(place, operation)
-            if outcome is Outcome.EMPTY:
+            outcome, data, first = await self._pop(place, operation)
+            if outcome is Outcome.EMPTY and first:
                 return None
             if outcome is Outcome.REFUSED:
                 raise RefusedError
             if data is not None:
                 return await codec.item(data)
             if outcome is not Outcome.CONTENDED:
-                break
+                break  # for a repetition, "empty" may be its own doing
         item, skipped = await self._transact(
             transactions.pop_decodable, place.key, place.guard, operation, codec.item
         )
         _log_skipped(place.key, skipped)
         return item
 
-    async def _pop(self, place: Place, operation: Operation) -> tuple[Outcome, str | None]:
-        pop = self.database.dialect.pop
-        return await self.database.write(
-            lambda connection: pop(connection, place.key, place.guard, operation)
-        )
+    async def _pop(self, place: Place, operation: Operation) -> tuple[Outcome, str | None, bool]:
+        """The outcome, what was removed, and whether nothing was sent before this."""
+        pop, sent = self.database.dialect.pop, 0
+
+        def send(connection: Any) -> Awaitable[tuple[Outcome, str | None]]:
+            nonlocal sent
+            sent = next(operation.sendings)
+            return pop(connection, place.key, place.guard, operation)
+
+        outcome, data = await self.database.write(send)
+        return outcome, data, sent == 0
 
     async def clear(self, place: Place, operation: Operation) -> None:
         """Remove every item; the session stays, and its numbers go on."""
@@ -164,8 +172,8 @@ class Store:
                 operation.fingerprint,
             ):
                 raise UsageError(
-                    f"the idempotency key {operation.op_id[1:]!r} was used before in this session, for "
-                    "other items or another operation: use a new one"
+                    f"the idempotency key {operation.op_id[1:]!r} was used before in this session, "
+                    "for other items or another operation: use a new one"
                 )
 
     async def recorded(self, place: Place, op_id: str) -> RecordedOp | None:
@@ -224,9 +232,14 @@ class Store:
 
     async def _transact(self, act: Callable[..., Awaitable[T]], *values: Any, **more: Any) -> T:
         tables = self.database.tables
-        return await self.database.transact(
-            lambda connection: act(connection, tables, *values, **more)
-        )
+
+        async def once(connection: AsyncConnection) -> T:
+            return await act(connection, tables, *values, **more)
+
+        try:
+            return await self.database.transact(once)
+        except RepeatedError:  # a twin has committed meanwhile, and is found now
+            return await self.database.transact(once)
 
     async def _query(self, act: Callable[..., Awaitable[T]], *values: Any, **more: Any) -> T:
         tables = self.database.tables

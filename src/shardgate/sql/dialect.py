@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
+from itertools import count
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from sqlalchemy.exc import DBAPIError
@@ -49,12 +50,14 @@ class Guard:
 class Operation:
     """Which change: it takes effect once, however often it is sent.
 
-    ``fingerprint`` is of what it changes, where the caller chose the ``op_id``.
+    ``fingerprint`` is of what it changes, where the caller chose the ``op_id``. ``sendings`` counts
+    how often it has been sent, from 0.
     """
 
     op_id: str
     kind: Literal["append", "pop", "clear", "replace", "void"]
     fingerprint: str | None = None
+    sendings: count[int] = field(default_factory=count, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from sqlalchemy import DateTime, and_, delete, insert, or_, select, true, update
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import FunctionElement
 
@@ -35,6 +36,10 @@ VOID: Literal["void"] = "void"
 
 class RefusedError(Exception):
     """The guard did not hold: the session lives elsewhere, or its tenant is not admitted here."""
+
+
+class RepeatedError(Exception):
+    """A twin of this operation, or the burning of it, was committed after it was looked for."""
 
 
 class UndecodableError(ValueError):
@@ -173,21 +178,23 @@ async def _record_op(
 ) -> None:
     """Record an operation that is taking effect in this transaction.
 
-    The session's row is locked before: so a twin of the same op_id has committed, or waits.
+    Where the session's row is locked before, a twin of the same op_id has committed, or waits.
     """
-    await connection.execute(
-        insert(tables.ops).values(
-            h=key.h,
-            tenant_id=key.tenant_id,
-            session_id=key.session_id,
-            op_id=operation.op_id,
-            kind=operation.kind,
-            fingerprint=operation.fingerprint,
-            n=n,
-            result=result,
-            created_at=utc_now(),
-        )
+    record = insert(tables.ops).values(
+        h=key.h,
+        tenant_id=key.tenant_id,
+        session_id=key.session_id,
+        op_id=operation.op_id,
+        kind=operation.kind,
+        fingerprint=operation.fingerprint,
+        n=n,
+        result=result,
+        created_at=utc_now(),
     )
+    try:
+        await connection.execute(record)
+    except IntegrityError as error:
+        raise RepeatedError(operation.op_id) from error
 
 
 async def _lock(connection: AsyncConnection, tables: Tables, key: Key) -> Any | None:
@@ -251,10 +258,9 @@ async def pop_decodable(
     known = await find_op(connection, tables, key, operation.op_id)
     if known is not None:
         return None if known.result is None else await decode(known.result), 0
-    if session is None:
-        return None, 0
-    messages, before, passed = tables.messages, session.next_seq, 0
-    while True:
+    messages, passed = tables.messages, 0
+    before = 0 if session is None else session.next_seq
+    while session is not None:
         rows = await connection.execute(
             select(messages.c.seq, messages.c.message_data, messages.c.nbytes)
             .where(_of(messages, key), messages.c.seq >= session.floor_seq, messages.c.seq < before)
@@ -273,8 +279,11 @@ async def pop_decodable(
             await _account(connection, tables, key, items=-1, size=-size)
             return item, passed
         if len(batch) < _BATCH:
-            return None, passed
+            break
         before = batch[-1].seq
+    # An earlier attempt that arrives only now must not take what comes after this answer.
+    await _record_op(connection, tables, key, operation, n=0)
+    return None, passed
 
 
 async def read_tail(
