@@ -130,7 +130,7 @@ def problems(operations: Sequence[Done], state: Sequence[str]) -> list[str]:
     return [
         *_strangers(sent, [*state, *popped]),
         *_twice(state, popped),
-        *_ghosts(operations, sent, state, popped),
+        *_ghosts(operations, sent, state),
         *_losses(operations, sent, state, popped),
         *_disorder(sent, state),
     ]
@@ -154,16 +154,14 @@ def _twice(state: Sequence[str], popped: Sequence[str]) -> list[str]:
     ]
 
 
-def _ghosts(
-    operations: Sequence[Done], sent: dict[str, Done], state: Sequence[str], popped: Sequence[str]
-) -> list[str]:
+def _ghosts(operations: Sequence[Done], sent: dict[str, Done], state: Sequence[str]) -> list[str]:
     """Items that an acknowledged clear must have removed, whole appends that are there in part."""
     clears = [done for done in operations if done.kind == "clear" and done.end is End.ACKNOWLEDGED]
     last = max((done.began for done in clears), default=-1)
-    there, found = set(state), []
-    for id_ in state:
-        if id_ in sent and sent[id_].over < last:
-            found.append(f"{id_} is there after a clear")
+    there = set(state)
+    found = [
+        f"{id_} is there after a clear" for id_ in state if id_ in sent and sent[id_].over < last
+    ]
     for done in {id_: sent[id_] for id_ in state if id_ in sent}.values():
         here = [id_ in there for id_ in done.ids]
         if here != sorted(here, reverse=True):
