@@ -44,7 +44,9 @@ def test_it_is_a_session(session: StoredSession) -> None:
 def test_the_parameters_are_the_sdks_and_the_wrapper(name: str, session: StoredSession) -> None:
     ours = inspect.signature(getattr(session, name)).parameters
     theirs = inspect.signature(getattr(Session, name)).parameters
-    assert list(ours) == [*(set(theirs) - {"self"}), "wrapper"]
+    own = ["idempotency_key"] if name == "add_items" else []
+    assert list(ours) == [*(set(theirs) - {"self"}), *own, "wrapper"]
+    assert all(ours[extra].kind is inspect.Parameter.KEYWORD_ONLY for extra in own)
     assert ours["wrapper"].kind is inspect.Parameter.KEYWORD_ONLY
     assert ours["wrapper"].default is None
 

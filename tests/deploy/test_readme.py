@@ -22,7 +22,7 @@ COMMANDS = {*re.findall(r"create-tables shardgate ([\w-]+)", README), IN_COMPOSE
 
 @pytest.mark.parametrize("command", sorted(COMMANDS))
 def test_the_command_exists(command: str) -> None:
-    asked = [sys.executable, "-m", "shardgate.cli", command, "--help"]
+    asked = [sys.executable, "-m", "shardgate", command, "--help"]
     done = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
