@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import delete, insert, select, update
+from sqlalchemy import and_, delete, insert, select, update
 
 from shardgate.slots import slot_range
 
@@ -28,13 +28,20 @@ async def move(
 ) -> None:
     """Move one slot, or fail with the source still claiming it (draining)."""
     own, other = await uuid_of(source), await uuid_of(target)
+    assert own != other
     epoch = await fence(source, slot)
     if barrier:
         await pass_barrier(source, slot)
+    await finish(source, target, slot, slots, other, epoch)
+
+
+async def finish(
+    source: Shard, target: Shard, slot: int, slots: int, owner: str, epoch: int
+) -> None:
+    """What comes after the fence and the barrier: copy, decide, release."""
     rows = await read_slot(source, slot, slots)
-    await decide(target, slot, other, epoch, rows, slots)
-    await release(source, slot, other, epoch)
-    assert own != other
+    await decide(target, slot, owner, epoch, rows, slots)
+    await release(source, slot, owner, epoch)
 
 
 async def uuid_of(shard: Shard) -> str:
@@ -54,16 +61,32 @@ async def fence(shard: Shard, slot: int) -> int:
             .where(here, slots.c.state == "owned")
             .values(state="draining", epoch=slots.c.epoch + 1)
         )
+        await bump(connection, shard)
         return int((await connection.execute(select(slots.c.epoch).where(here))).scalar_one())
 
     return await shard.transact(act)
 
 
+async def bump(connection: AsyncConnection, shard: Shard) -> None:
+    """Whoever has remembered which slots this shard owns has to read them again."""
+    table = shard.tables.shard
+    await connection.execute(update(table).values(map_version=table.c.map_version + 1))
+
+
 async def pass_barrier(shard: Shard, slot: int) -> None:
+    """Wait for every statement that has passed its guard, and refuse those still at it.
+
+    To lock the row is not enough on PostgreSQL: a statement that found the fence's update not yet
+    committed, and is held up before it has locked the row's new version, would go on with the old
+    one afterwards. It only looks again where the new version was updated, too, by somebody who held
+    FOR UPDATE.
+    """
     slots = shard.tables.slots
 
     async def act(connection: AsyncConnection) -> None:
-        await connection.execute(select(slots.c.slot).where(slots.c.slot == slot).with_for_update())
+        here = slots.c.slot == slot
+        await connection.execute(select(slots.c.slot).where(here).with_for_update())
+        await connection.execute(update(slots).where(here).values(epoch=slots.c.epoch))
 
     await shard.transact(act)
 
@@ -75,12 +98,20 @@ async def read_slot(shard: Shard, slot: int, slots: int) -> dict[str, list[dict[
     async def act(connection: AsyncConnection) -> dict[str, list[dict[str, Any]]]:
         sessions = await _all(connection, tables.sessions, first, last)
         ops = await _all(connection, tables.ops, first, last)
-        keys = {(row["tenant_id"], row["session_id"]) for row in sessions}
-        everything = (await connection.execute(select(tables.messages))).mappings().all()
-        messages = [
-            dict(row) for row in everything if (row["tenant_id"], row["session_id"]) in keys
-        ]
-        return {"sessions": sessions, "ops": ops, "messages": messages}
+        messages, of = tables.messages, tables.sessions
+        rows = await connection.execute(
+            select(messages)
+            .join(
+                of,
+                and_(
+                    of.c.tenant_id == messages.c.tenant_id,
+                    of.c.session_id == messages.c.session_id,
+                ),
+            )
+            .where(of.c.h.between(first, last))
+        )
+        found = [dict(row) for row in rows.mappings()]
+        return {"sessions": sessions, "ops": ops, "messages": found}
 
     return await shard.query(act)
 
@@ -131,9 +162,7 @@ async def decide(
             .where(tables.slots.c.slot == slot)
             .values(owner=own, state="owned", epoch=epoch)
         )
-        await connection.execute(
-            update(tables.shard).values(map_version=tables.shard.c.map_version + 1)
-        )
+        await bump(connection, shard)
 
     await shard.transact(act)
 
@@ -147,8 +176,6 @@ async def release(shard: Shard, slot: int, owner: str, epoch: int) -> None:
             .where(slots.c.slot == slot)
             .values(owner=owner, state="released", epoch=epoch)
         )
-        await connection.execute(
-            update(shard.tables.shard).values(map_version=shard.tables.shard.c.map_version + 1)
-        )
+        await bump(connection, shard)
 
     await shard.transact(act)
