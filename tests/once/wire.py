@@ -15,10 +15,14 @@ SECONDS = 10
 
 
 class HoldingProxy(CuttingProxy):
-    """A proxy that can also play the network in which an old packet arrives after a newer one."""
+    """A proxy that can also play the network in which an old packet arrives after a newer one.
+
+    ``attempts`` counts the connections that clients have tried to open, refused ones too.
+    """
 
     def __init__(self, target_host: str, target_port: int) -> None:
         super().__init__(target_host, target_port)
+        self.attempts = 0
         self._hold = False
         self._released = asyncio.Event()
         self._holding = asyncio.Event()
@@ -49,6 +53,10 @@ class HoldingProxy(CuttingProxy):
 
     def release(self) -> None:
         self._released.set()
+
+    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.attempts += 1
+        super()._accept(reader, writer)
 
     async def _passage(self, side: Side, data: bytes) -> tuple[bytes, bool]:
         if side == "client" and self._hold:
