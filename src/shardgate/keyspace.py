@@ -114,7 +114,7 @@ class Keyspace:
             wanted = frozenset(range(known.slots)) if slots is None else slots
             owners = sorted({known.owner(slot) for slot in wanted})
             answers, down = await ask_all(
-                {name: self._ask(name, tenant_id, limit, after) for name in owners}
+                {name: self._ask(known, name, tenant_id, limit, after) for name in owners}
             )
             if down and not partial_:
                 raise next(iter(down.values()))
@@ -131,7 +131,9 @@ class Keyspace:
             await asyncio.sleep(_POLL)
             await self._read()
 
-    async def _ask(self, name: str, tenant_id: str, limit: int, after: Any) -> Answer:
+    async def _ask(
+        self, known: KeyspaceMap, name: str, tenant_id: str, limit: int, after: Any
+    ) -> Answer:
         """A shard's page, with the slots that it owned at that moment.
 
         These are remembered by the version of its slot map. Where it has changed they are read, and
@@ -141,6 +143,9 @@ class Keyspace:
         place = after
         while True:
             listed = await self._stores[name].page(tenant_id, limit=limit, after=place)
+            if listed.shard_uuid != known.uuids[name]:
+                self._owned.pop(name, None)
+                raise self._not_itself(name, listed.shard_uuid)
             version, owned = self._owned.get(name, (None, frozenset()))
             if version != listed.map_version:
                 self._owned[name] = await owned_slots(self.shards[name])
@@ -162,7 +167,7 @@ class Keyspace:
         said = await standing(self.shards[where.shard], where.slot, tenant_id)
         own = known.uuids[where.shard]
         if said.shard_uuid != own:
-            raise self._not_itself(where.shard, said)
+            raise self._not_itself(where.shard, said.shard_uuid)
         if said.slot is not None and said.slot.owner == own:
             await self._wait_or_admit(where.shard, said, tenant_id)
             return
@@ -193,10 +198,10 @@ class Keyspace:
         self.map = current.with_slot(where.slot, str(owner), said.slot.epoch)
         return True
 
-    def _not_itself(self, shard: str, said: Standing) -> OwnershipConflict:
-        found = "has no record of its own" if said.shard_uuid is None else "is another shard"
+    def _not_itself(self, shard: str, uuid: str | None) -> OwnershipConflict:
+        found = "has no record of its own" if uuid is None else "is another shard"
         return OwnershipConflict(
-            f"keyspace {self.plan.keyspace!r}: shard {shard!r} {found} (UUID {said.shard_uuid}): "
+            f"keyspace {self.plan.keyspace!r}: shard {shard!r} {found} (UUID {uuid}): "
             "is its URL the right one?",
             keyspace=self.plan.keyspace,
         )

@@ -105,12 +105,13 @@ class SessionInfo:
 
 @dataclass(frozen=True, slots=True)
 class Listed:
-    """A shard's part of a listing: sessions with their ``h``, and which slot map they belong to.
+    """A shard's part of a listing: sessions with their ``h``, and whose slot map they belong to.
 
     Not all of them need be the shard's: rows of slots that it does not own are still to be left
     out.
     """
 
+    shard_uuid: str | None
     map_version: int
     sessions: tuple[tuple[int, SessionInfo], ...]
 
@@ -482,12 +483,14 @@ async def list_sessions(
     listed = page.order_by(*order).limit(limit).subquery()
     fields = [listed.c[field] for field in SessionInfo.__dataclass_fields__]
     rows = await connection.execute(
-        select(tables.shard.c.map_version, listed.c.h, *fields)
+        select(tables.shard.c.shard_uuid, tables.shard.c.map_version, listed.c.h, *fields)
         .select_from(tables.shard.outerjoin(listed, true()))
         .order_by(listed.c.listed_at.desc(), listed.c.session_id.desc())
     )
     found = rows.all()
+    shard_uuid, map_version = found[0][:2] if found else (None, 0)
     return Listed(
-        map_version=found[0][0],
-        sessions=tuple((h, SessionInfo(*info)) for _, h, *info in found if h is not None),
+        shard_uuid=shard_uuid,
+        map_version=map_version,
+        sessions=tuple((h, SessionInfo(*info)) for _, _, h, *info in found if h is not None),
     )
