@@ -141,7 +141,7 @@ _POP = """
     DELETE FROM {messages}
     WHERE tenant_id = %(tenant)s AND session_id = %(session)s AND seq = @shardgate_seq
         AND @shardgate_new = 1;
-    UPDATE {sessions} SET
+    UPDATE {sessions} FORCE INDEX (PRIMARY) SET
         revision = revision + 1,
         item_count = item_count - 1,
         byte_count = byte_count - @shardgate_size,
@@ -154,7 +154,7 @@ _POP = """
 _CLEAR = """
     {begin};
     {op};
-    UPDATE {sessions} SET
+    UPDATE {sessions} FORCE INDEX (PRIMARY) SET
         floor_seq = next_seq,
         revision = revision + 1,
         item_count = 0,
