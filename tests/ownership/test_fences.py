@@ -26,7 +26,6 @@ from shardgate import Gateway
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 
-    from agents.items import TResponseInputItem
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
     from conftest import MakeDatabases
@@ -47,7 +46,7 @@ PACE = 0.02
 """A writer's longest pause, in seconds, for the same reason."""
 
 
-def written(writer: int, number: int) -> TResponseInputItem:
+def written(writer: int, number: int) -> Any:
     return {"role": "user", "content": f"{writer} {number}"}
 
 
@@ -240,7 +239,7 @@ class AsyncGateways:
         return gateway
 
 
-@pytest.mark.backends("sqlite", "postgresql", "mariadb", "mysql")
+@pytest.mark.backends("sqlite", "postgresql-15", "mariadb", "mysql")
 async def test_nothing_acknowledged_is_in_the_wrong_place(
     databases: MakeDatabases, backend: Backend
 ) -> None:

@@ -71,7 +71,7 @@ async def test_one_hop_to_the_thread(
     database: Database, door: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hops: list[object] = []
-    execute = aiosqlite.Connection._execute
+    execute: Any = aiosqlite.Connection._execute
 
     async def counting(connection: Any, act: Any, *arguments: Any, **options: Any) -> Any:
         hops.append(act)
