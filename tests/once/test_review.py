@@ -59,15 +59,16 @@ async def test_a_listener_that_leaves_a_transaction_open_loses_no_append(
 ) -> None:
     engine = make_engine()
     _on(engine, name, "SET application_name = 'listened'")
-    for n in range(3):
-        await _session(engine).add_items([{"n": n}])
-    assert await _session(engine).pop_item() == {"n": 2}
+    await _session(engine).get_items()
+    # Each on a connection of its own, that appends before it does anything else.
+    await asyncio.gather(*(_session(engine).add_items([{"n": n}]) for n in range(5)))
     async with engine.connect() as connection:
         shown = await connection.execute(text("SHOW application_name"))
         # SQLAlchemy itself rolls back what a "connect" listener left, when it first returns.
         assert shown.scalar_one() == ("listened" if name == "checkout" else "")
     await engine.dispose()
-    assert await _session(make_engine()).get_items() == [{"n": 0}, {"n": 1}]
+    stored = await _session(make_engine()).get_items()
+    assert sorted(item["n"] for item in stored) == list(range(5))
 
 
 @pytest.mark.backends(*MYSQL)
@@ -87,11 +88,13 @@ async def test_a_listener_that_reads_does_not_freeze_what_is_read(make_engine: E
 async def test_a_caller_cancelled_again_and_again_is_not_kept_for_longer() -> None:
     task = asyncio.ensure_future(settle(asyncio.sleep(3600), grace=0.2))
     await asyncio.sleep(0)
-    for _ in range(50):
+    times = 0
+    while not task.done() and times < 500:
         task.cancel()
+        times += 1
         await asyncio.wait([task], timeout=0.01)
-    with pytest.raises(asyncio.CancelledError):
-        await asyncio.wait_for(task, SECONDS)
+    assert task.cancelled()
+    assert times > 1
 
 
 @pytest.mark.backends("postgresql", *MYSQL)
