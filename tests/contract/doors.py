@@ -137,7 +137,8 @@ class StandaloneDoor(Door):
         return [self.engine()]
 
     async def delete(self, session_id: str = SESSION) -> bool:
-        return await self.session(session_id)._perform(lambda store, place: store.delete(place))
+        perform: Any = self.session(session_id)._perform
+        return bool(await perform(lambda store, place: store.delete(place)))
 
     async def close(self) -> None:
         await SQLAlchemySession.from_url(

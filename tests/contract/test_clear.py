@@ -7,6 +7,8 @@ from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from sqlalchemy import event
+from sqlalchemy.util import await_only
 
 from contract.doors import SESSION
 from contract.writers import assert_whole, batch_of, batches_in
@@ -96,6 +98,31 @@ async def test_clear_while_appends_go_on(door: Door, open_door: OpenDoor) -> Non
 
 async def test_delete_while_appends_go_on(door: Door, open_door: OpenDoor) -> None:
     await _race(door, [door, await open_door()], door.delete)
+
+
+@pytest.mark.backends("postgresql", "mariadb", "mysql")
+async def test_a_session_made_while_it_is_deleted(door: Door, open_door: OpenDoor) -> None:
+    """A deletion that finds nothing leaves alone what comes right after it has looked."""
+    other = await open_door()
+    numbers, looked = count(), False
+
+    def append_between(_c: object, cursor: Any, statement: str, *_: object) -> None:
+        nonlocal looked
+        looked = looked or (statement.startswith("UPDATE") and cursor.rowcount == 0)
+        # A deletion of the session's row would make the append wait for it.
+        if looked and f"DELETE FROM {door.tables.sessions.name}" not in statement:
+            await_only(other.session().add_items([{"n": next(numbers)}]))
+
+    engine = door.engine().sync_engine
+    event.listen(engine, "after_cursor_execute", append_between)
+    try:
+        assert await door.delete() is False
+    finally:
+        event.remove(engine, "after_cursor_execute", append_between)
+    assert looked
+    await other.session().add_items([{"n": next(numbers)}])
+    history = await door.session().get_items()
+    assert [item["n"] for item in history] == list(range(next(numbers)))
 
 
 async def test_what_is_left_behind_by_a_race_is_never_seen(door: Door) -> None:

@@ -23,6 +23,12 @@ def _numbers(items: list[Any]) -> list[int]:
     return [item["n"] for item in items if item is not None]
 
 
+async def _assert_counted(door: Door) -> None:
+    """The session's counters say what is stored."""
+    stored = await door.stored()
+    assert await door.counters() == (len(stored), sum(map(len, stored)))
+
+
 async def _pop_together(doors: list[Door], pops: int) -> list[Any]:
     sessions = [doors[n % len(doors)].session() for n in range(pops)]
     return await asyncio.gather(*(session.pop_item() for session in sessions))
@@ -45,6 +51,7 @@ async def test_as_many_at_once_as_there_are_items(door: Door, open_door: OpenDoo
     popped = await _pop_together([door, await open_door()], 48)
     assert sorted(_numbers(popped)) == list(range(48))
     assert await door.session().get_items() == []
+    await _assert_counted(door)
 
 
 async def test_more_at_once_than_items(door: Door, open_door: OpenDoor) -> None:
@@ -59,6 +66,7 @@ async def test_fewer_at_once_than_items_take_the_newest(door: Door) -> None:
     popped = await _pop_together([door], 15)
     assert sorted(_numbers(popped)) == list(range(25, 40))
     assert await door.session().get_items() == _numbered(25)
+    await _assert_counted(door)
 
 
 @pytest.mark.processes
@@ -90,6 +98,7 @@ async def test_while_appends_go_on(door: Door) -> None:
     for writer in (1, 2, 3):
         mine = [n for n in _numbers(left) if n // 1000 == writer]
         assert mine == sorted(mine)
+    await _assert_counted(door)
 
 
 async def test_while_the_session_is_cleared(door: Door) -> None:

@@ -7,7 +7,7 @@ from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -147,7 +147,8 @@ class Platform(RuleBasedStateMachine):
                 assert self.run(self.session((tenant, session)).get_items()) == items
 
 
-def _check(urls: list[str], examples: int, steps: int) -> None:
+def _check(urls: list[str], examples: int, steps: int, *, shrink: bool = False) -> None:
+    """Without ``shrink``, a failure shows the steps as they were, and soon."""
     with asyncio.Runner() as runner:
         machine = type("Machine", (Platform,), {"urls": urls, "runner": runner})
         run_state_machine_as_test(
@@ -156,6 +157,7 @@ def _check(urls: list[str], examples: int, steps: int) -> None:
                 max_examples=examples,
                 stateful_step_count=steps,
                 deadline=None,
+                phases=[phase for phase in Phase if shrink or phase is not Phase.shrink],
                 suppress_health_check=list(HealthCheck),
             ),
         )
@@ -172,4 +174,4 @@ def test_each_tenant_sees_its_own(urls: list[str], backend: Any) -> None:
 @pytest.mark.soak
 @pytest.mark.timeout(1200)
 def test_each_tenant_sees_its_own_for_long(urls: list[str]) -> None:
-    _check(urls, 300, 60)
+    _check(urls, 300, 60, shrink=True)
