@@ -222,7 +222,7 @@ class MySQL(Dialect):
             for place, (item, size) in enumerate(zip(items, sizes, strict=True))
         )
         values = change | {"incarnation": incarnation, "size": sum(sizes), "rows": rows}
-        return _outcome(await self._send(connection, self.append_sql % values))
+        return _outcome(await self._change(connection, self.append_sql % values))
 
     async def tail(
         self, connection: Any, key: Key, guard: Guard | None, limit: int | None
@@ -238,7 +238,7 @@ class MySQL(Dialect):
         self, connection: Any, key: Key, guard: Guard | None, operation: Operation
     ) -> tuple[Outcome, str | None]:
         change = _change(key, guard, operation, n=1)
-        results = await self._send(connection, self.pop_sql % change)
+        results = await self._change(connection, self.pop_sql % change)
         ((here, seq, is_json),) = results[-1]
         if len(results) > 1:
             ((data,),) = results[0]
@@ -253,7 +253,7 @@ class MySQL(Dialect):
         self, connection: Any, key: Key, guard: Guard | None, operation: Operation
     ) -> Outcome:
         change = _change(key, guard, operation, n=None)
-        return _outcome(await self._send(connection, self.clear_sql % change))
+        return _outcome(await self._change(connection, self.clear_sql % change))
 
     def is_passing(self, error: BaseException) -> bool:
         return isinstance(error, pymysql.MySQLError) and error.args[0:1] in _PASSING
@@ -268,6 +268,17 @@ class MySQL(Dialect):
     def is_lost(self, error: BaseException) -> bool:
         """aiomysql closes a connection whose call was cancelled, and says so to the next one."""
         return isinstance(error, pymysql.InterfaceError)
+
+    async def _change(self, connection: Any, packet: str) -> list[Sequence[Any]]:
+        """Send a transaction: on MariaDB as one compound statement, so that it is whole or not.
+
+        As several statements it was seen not to be: where the client is lost while the answers are
+        sent, MariaDB 10.11 can commit an op without its items. MySQL has no compound statements
+        outside of stored programs.
+        """
+        if "MariaDB" in connection.get_server_info():
+            packet = f"BEGIN NOT ATOMIC {packet}; END"
+        return await self._send(connection, packet)
 
     async def _send(self, connection: Any, packet: str) -> list[Sequence[Any]]:
         """The result sets that have rows, of the statements in ``packet``; an error ends it."""
