@@ -117,6 +117,7 @@ class Database:
     """
 
     deadline: float | None = None
+    outage = OUTAGE_SECONDS
 
     def __init__(self, engine: AsyncEngine, tables: Tables) -> None:
         self.engine = engine
@@ -190,10 +191,11 @@ class Database:
         attempt: Attempt,
         *,
         writes: bool,
-        outage: float = OUTAGE_SECONDS,
+        outage: float | None = None,
     ) -> T:
         """The one place where an operation is tried again, within bounds."""
-        patience = Patience(self.deadline or CONTENTION_SECONDS, outage=outage)
+        ridden_over = self.outage if outage is None else outage
+        patience = Patience(self.deadline or CONTENTION_SECONDS, outage=ridden_over)
         try:
             async with asyncio.timeout(self.deadline):
                 while True:
@@ -230,6 +232,8 @@ class Database:
     def _is_lost(self, error: DBAPIError | OSError, attempt: Attempt) -> bool:
         """Whether the connection is gone, or could not be made."""
         if isinstance(error, TimeoutError):
+            return False
+        if isinstance(error, DBAPIError) and self.dialect.is_final(driver_error(error)):
             return False
         if not isinstance(error, DBAPIError) or not attempt.sent:
             return True
@@ -406,7 +410,7 @@ class Shard(Database):
         attempt: Attempt,
         *,
         writes: bool,
-        outage: float = OUTAGE_SECONDS,
+        outage: float | None = None,
     ) -> T:
         """Run an operation; while the shard is down, fail at once, but for one probe at a time."""
         if self._outage is None:

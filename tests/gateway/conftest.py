@@ -48,6 +48,12 @@ class Gateways:
         await self._watched.finish()
 
 
+@pytest.fixture(autouse=True)
+def short_outages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Servers are down for long here, and whole seconds of riding over it tell nothing new."""
+    monkeypatch.setattr("shardgate.shards.Database.outage", 0.3)
+
+
 @pytest_asyncio.fixture
 async def gateways() -> AsyncIterator[Gateways]:
     some = Gateways()

@@ -156,6 +156,10 @@ class Dialect(ABC):
     def is_passing(self, error: BaseException) -> bool:
         """Whether the server has refused the statement for reasons that pass; nothing changed."""
 
+    def is_final(self, error: BaseException) -> bool:
+        """Whether the server will never let us in: a wrong password, no such database."""
+        return False
+
     def in_transaction(self, connection: Any) -> bool:
         """Whether a transaction is open on a connection that has just been checked out."""
         return False

@@ -169,6 +169,8 @@ _CLEAR = """
 """
 
 _LOCK_WAIT_TIMEOUT, _DEADLOCK, _RECORD_CHANGED = 1205, 1213, 1020
+_FINAL = [(code,) for code in (1044, 1045, 1049, 1698)]
+"""No access for this user, or no such database."""
 _PASSING = [(code,) for code in (1290, 1317, 1792, 1836, 1969, 3024)]
 """Read-only servers; statements that were cancelled, or that took too long."""
 _LARGE_PACKET = 1 << 20
@@ -264,6 +266,9 @@ class MySQL(Dialect):
     def is_contention(self, error: BaseException) -> bool:
         codes = (_LOCK_WAIT_TIMEOUT, _DEADLOCK, _RECORD_CHANGED)
         return isinstance(error, pymysql.MySQLError) and error.args[:1] in [(c,) for c in codes]
+
+    def is_final(self, error: BaseException) -> bool:
+        return isinstance(error, pymysql.MySQLError) and error.args[0:1] in _FINAL
 
     def is_lost(self, error: BaseException) -> bool:
         """aiomysql closes a connection whose call was cancelled, and says so to the next one."""

@@ -158,6 +158,7 @@ _CONTENTION = (
 )
 
 
+_FINAL = (asyncpg.InvalidAuthorizationSpecificationError, asyncpg.InvalidCatalogNameError)
 _PASSING = (
     asyncpg.QueryCanceledError,
     asyncpg.ReadOnlySQLTransactionError,
@@ -241,6 +242,9 @@ class PostgreSQL(Dialect):
 
     def is_passing(self, error: BaseException) -> bool:
         return isinstance(error, _PASSING)
+
+    def is_final(self, error: BaseException) -> bool:
+        return isinstance(error, _FINAL)
 
     def is_lost(self, error: BaseException) -> bool:
         """While a connection is being made, SQLAlchemy does not take its loss for one."""
