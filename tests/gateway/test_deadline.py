@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.backends("postgresql", "mariadb")
 
-DEADLINE = 0.5
+DEADLINE = 1.0
 NO_HANG = 20
 OPTIONS: dict[str, Any] = {"operation_deadline": DEADLINE}
 
@@ -48,9 +48,20 @@ async def proxy(urls: dict[str, str], gateways: Gateways) -> AsyncIterator[Cutti
 async def gateway(urls: dict[str, str], proxy: CuttingProxy, gateways: Gateways) -> Gateway:
     """Open, with a connection to each shard in its pool, and a short deadline."""
     gateway = await gateways.open(settings_at(urls, **OPTIONS, create_tables=False))
-    for name in urls:
-        await gateway.tenant("acme").session(session_on(gateway, name)).get_items()
+    async with asyncio.timeout(NO_HANG):
+        while not await _is_warm(gateway, urls):
+            pass  # a busy machine can miss so short a deadline
     return gateway
+
+
+async def _is_warm(gateway: Gateway, urls: dict[str, str]) -> bool:
+    try:
+        await gateway.tenant("acme").session("any").get_items()
+        for name in urls:
+            await gateway.tenant("acme").session(session_on(gateway, name)).get_items()
+    except ShardUnavailable:
+        return False
+    return True
 
 
 async def _connected(proxy: CuttingProxy) -> None:
@@ -74,7 +85,7 @@ async def test_reads_of_a_frozen_shard_end(gateway: Gateway, proxy: CuttingProxy
     for error in (first, second, listed):
         assert isinstance(error, ShardUnavailable), repr(error)
         assert error.shard == "b"
-        assert f"within {DEADLINE} seconds" in str(error)
+        assert f"within {DEADLINE:g} seconds" in str(error)
     assert lived == [item("old")]
     (page,) = await _no_hang(tenant.list_sessions(allow_partial=True))
     assert page.unavailable_shards == ("b",)
