@@ -29,6 +29,10 @@ class Recorder:
 
     charset = "utf8mb4"
 
+    def get_server_info(self) -> str:
+        """As MySQL: the statements of a change, not yet wrapped into one for MariaDB."""
+        return "8.4.0"
+
     def __init__(self) -> None:
         self.sent: list[tuple[str, tuple[Any, ...]]] = []
 
