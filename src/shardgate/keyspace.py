@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -236,11 +237,8 @@ class Keyspace:
 
     async def _load(self) -> KeyspaceMap:
         if self._creates and self.map is None:
-            try:
+            # Where the keyspace exists, the shards that answer are enough to serve.
+            with suppress(ShardUnavailable):
                 await create(self.plan, self.shards)
-            except ShardUnavailable:
-                # Where the keyspace exists, the shards that answer are enough to serve.
-                self.map = await load(self.plan, self.shards)
-                return self.map
         self.map = await load(self.plan, self.shards)
         return self.map

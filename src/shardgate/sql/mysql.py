@@ -174,7 +174,6 @@ _FINAL = [(code,) for code in (1044, 1045, 1049, 1698)]
 _PASSING = [(code,) for code in (1290, 1317, 1792, 1836, 1969, 3024)]
 """Read-only servers; statements that were cancelled, or that took too long."""
 _LARGE_PACKET = 1 << 20
-_IN_TRANSACTION = 0x0001
 
 
 def _bytes_literal(value: str) -> str:

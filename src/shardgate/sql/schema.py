@@ -84,10 +84,25 @@ _stored_text = _wrapped_on_mysql("CONVERT(UNHEX({}) USING utf8mb4)")
 _read_bytes = _wrapped_on_mysql("CAST({} AS BINARY)")
 
 
-class ExactText(TypeDecorator[str]):
-    """Text compared byte by byte, whatever the database's default collation."""
+class _HexadecimalText(TypeDecorator[str]):
+    """Text that travels as hexadecimal to MySQL and MariaDB, and comes back as bytes."""
 
     impl = String
+    cache_ok = True
+
+    def bind_processor(self, dialect: SQLAlchemyDialect) -> Any:
+        """In place of the column type's own, which may make bytes again of the text."""
+        if dialect.name in _MYSQL:
+            return lambda value: None if value is None else value.encode().hex()
+        return super().bind_processor(dialect)
+
+    def process_result_value(self, value: Any, dialect: SQLAlchemyDialect) -> str | None:
+        return value.decode() if isinstance(value, bytes) else value
+
+
+class ExactText(_HexadecimalText):
+    """Text compared byte by byte, whatever the database's default collation."""
+
     cache_ok = True
 
     def __init__(self, characters: int) -> None:
@@ -100,21 +115,12 @@ class ExactText(TypeDecorator[str]):
         collation = "C" if dialect.name == "postgresql" else None
         return dialect.type_descriptor(String(self.characters, collation=collation))
 
-    def bind_processor(self, dialect: SQLAlchemyDialect) -> Any:
-        """In place of VARBINARY's own, which would make bytes again of the hexadecimal text."""
-        if dialect.name in _MYSQL:
-            return lambda value: None if value is None else value.encode().hex()
-        return super().bind_processor(dialect)
-
     def bind_expression(self, bindvalue: BindParameter[str]) -> ColumnElement[str] | None:
         """Bytes travel as hexadecimal text: aiomysql cannot send them with every PyMySQL."""
         return _id_bytes(bindvalue)
 
-    def process_result_value(self, value: Any, dialect: SQLAlchemyDialect) -> str | None:
-        return value.decode() if isinstance(value, bytes) else value
 
-
-class ItemText(TypeDecorator[str]):
+class ItemText(_HexadecimalText):
     """An item's text: on MySQL and MariaDB, whatever the connection's character set."""
 
     impl = Text
@@ -124,12 +130,6 @@ class ItemText(TypeDecorator[str]):
         long = dialect.name in _MYSQL
         return dialect.type_descriptor(mysql.LONGTEXT() if long else Text())
 
-    def bind_processor(self, dialect: SQLAlchemyDialect) -> Any:
-        """As hexadecimal text on MySQL and MariaDB."""
-        if dialect.name in _MYSQL:
-            return lambda value: None if value is None else value.encode().hex()
-        return super().bind_processor(dialect)
-
     def bind_expression(self, bindvalue: BindParameter[str]) -> ColumnElement[str] | None:
         """Back from hexadecimal, in the column's character set whatever the connection's is."""
         return _stored_text(bindvalue)
@@ -137,9 +137,6 @@ class ItemText(TypeDecorator[str]):
     def column_expression(self, column: ColumnElement[str]) -> ColumnElement[str] | None:
         """As bytes, which no connection's character set changes."""
         return type_coerce(_read_bytes(column), self)
-
-    def process_result_value(self, value: Any, dialect: SQLAlchemyDialect) -> str | None:
-        return value.decode() if isinstance(value, bytes) else value
 
 
 def _long_text() -> TypeEngine[str]:
