@@ -363,9 +363,6 @@ class Tenant:
         Raises:
             UsageError: the id is not one.
             ShardUnavailable: its shard does not answer.
+            OutcomeUnknown: its shard's answer was lost; ``settle`` of the session takes the op_id.
         """
-        session_id = check_session_id(session_id)
-        there: bool = await self._gateway._perform(
-            self.keyspace, self.tenant_id, session_id, lambda store, place: store.delete(place)
-        )
-        return there
+        return await self.session(session_id)._delete()

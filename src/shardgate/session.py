@@ -213,6 +213,11 @@ class StoredSession(SessionBase):
             operation, lambda store, place: store.replace_all(place, operation, data)
         )
 
+    async def _delete(self) -> bool:
+        """Remove the session with all its items; whether there was one."""
+        operation = _operation("delete")
+        return await self._change(operation, lambda store, place: store.delete(place, operation))
+
     async def _change(self, operation: Operation, act: Callable[[Store, Place], Awaitable[T]]) -> T:
         try:
             return await self._perform(act)
@@ -358,7 +363,7 @@ class SQLAlchemySession(StoredSession):
         return await act(Store(database), Place(self._key))
 
 
-def _operation(kind: Literal["append", "pop", "clear", "replace"]) -> Operation:
+def _operation(kind: Literal["append", "pop", "clear", "replace", "delete"]) -> Operation:
     return Operation(uuid4().hex, kind)
 
 

@@ -185,9 +185,9 @@ class Store:
         burn = transactions.burn_op
         return await self._transact(burn, place.key, place.guard, op_id) is not None
 
-    async def delete(self, place: Place) -> bool:
+    async def delete(self, place: Place, operation: Operation) -> bool:
         """Remove the session; whether there was one."""
-        return await self._transact(transactions.delete_session, place.key, place.guard)
+        return await self._transact(transactions.delete_session, place.key, place.guard, operation)
 
     async def tail(self, place: Place, limit: int) -> Tail:
         """The newest ``limit`` rows with their numbers, to be replaced by :meth:`replace`."""

@@ -137,8 +137,8 @@ class StandaloneDoor(Door):
         return [self.engine()]
 
     async def delete(self, session_id: str = SESSION) -> bool:
-        perform: Any = self.session(session_id)._perform
-        return bool(await perform(lambda store, place: store.delete(place)))
+        session: Any = self.session(session_id)
+        return bool(await session._delete())
 
     async def close(self) -> None:
         await SQLAlchemySession.from_url(

@@ -55,7 +55,7 @@ class Operation:
     """
 
     op_id: str
-    kind: Literal["append", "pop", "clear", "replace", "void"]
+    kind: Literal["append", "pop", "clear", "replace", "delete", "void"]
     fingerprint: str | None = None
     sendings: count[int] = field(default_factory=count, compare=False, repr=False)
 

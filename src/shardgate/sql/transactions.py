@@ -75,6 +75,7 @@ class RecordedOp:
 
     kind: str
     fingerprint: str | None
+    n: int | None
     result: str | None
 
 
@@ -146,7 +147,7 @@ async def find_op(
     """What is recorded of an operation; None where it has not taken effect."""
     ops = tables.ops
     row = await connection.execute(
-        select(ops.c.kind, ops.c.fingerprint, ops.c.result).where(
+        select(ops.c.kind, ops.c.fingerprint, ops.c.n, ops.c.result).where(
             ops.c.h == key.h, _of(ops, key), ops.c.op_id == op_id
         )
     )
@@ -444,19 +445,32 @@ async def _insert(
 
 
 async def delete_session(
-    connection: AsyncConnection, tables: Tables, key: Key, guard: Guard | None
+    connection: AsyncConnection,
+    tables: Tables,
+    key: Key,
+    guard: Guard | None,
+    operation: Operation,
 ) -> bool:
     """Remove the session with everything in it; its ops stay until their time is over.
 
     The row's lock comes first: an append that holds it commits before, and its items are removed
     too; one that waits for it finds no session and makes a new incarnation.
+
+    Returns:
+        Whether there was a session: now, or when this operation took effect before.
     """
     await check_guard(connection, tables, key.tenant_id, guard)
-    if await _lock(connection, tables, key) is None:
-        return False
-    for table in (tables.messages, tables.sessions):
-        await connection.execute(delete(table).where(_of(table, key)))
-    return True
+    session = await _lock(connection, tables, key)
+    known = await find_op(connection, tables, key, operation.op_id)
+    if known is not None:
+        return known.n == 1
+    # Also where there is no session: an earlier attempt that arrives only now must not delete one
+    # that is made after this answer.
+    await _record_op(connection, tables, key, operation, n=0 if session is None else 1)
+    if session is not None:
+        for table in (tables.messages, tables.sessions):
+            await connection.execute(delete(table).where(_of(table, key)))
+    return session is not None
 
 
 async def list_sessions(
