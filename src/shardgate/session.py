@@ -46,6 +46,8 @@ MAX_LIMIT = 2**31
 """More items than any session has; what a larger limit is taken for."""
 MAX_KEY = 127
 """The longest idempotency key, in characters."""
+MAX_OP_ID = MAX_KEY + 1
+"""A key as an op_id has one character before it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,8 +144,8 @@ class StoredSession(SessionBase):
             wrapper: the SDK's run context, not used.
 
         Raises:
-            UsageError: an item is not JSON, or the key was used for other items; nothing was
-                written.
+            UsageError: an item is not JSON, or the key was used for other items, or was settled as
+                not landed; nothing was written.
         """
         data = [await self._text(item) for item in check_items(items)]
         if not data:
@@ -172,7 +174,11 @@ class StoredSession(SessionBase):
         Args:
             op_id: of the ``OutcomeUnknown``. An append with an idempotency key has that key with a
                 "=" before it.
+
+        Raises:
+            UsageError: it is not an op_id.
         """
+        op_id = _checked_id(op_id, "op_id", MAX_OP_ID)
         return await self._perform(lambda store, place: store.settle(place, op_id))
 
     async def _get_compaction_snapshot(
@@ -374,14 +380,21 @@ def _append_operation(idempotency_key: object, data: list[str]) -> Operation:
     """
     if idempotency_key is None:
         return _operation("append")
-    if not isinstance(idempotency_key, str) or not 1 <= len(idempotency_key) <= MAX_KEY:
-        raise UsageError(f"idempotency_key must be a str of 1 to {MAX_KEY} characters")
-    check_text(idempotency_key)
+    key = _checked_id(idempotency_key, "idempotency_key", MAX_KEY)
     digest = sha256()
     for item in data:
         digest.update(f"{len(item)}:".encode())
         digest.update(item.encode())
-    return Operation(f"={idempotency_key}", "append", digest.hexdigest())
+    return Operation(f"={key}", "append", digest.hexdigest())
+
+
+def _checked_id(value: object, name: str, longest: int) -> str:
+    """An id that every database can store."""
+    if not isinstance(value, str) or not 1 <= len(value) <= longest:
+        raise UsageError(f"{name} must be a str of 1 to {longest} characters")
+    if "\0" in value or any("\ud800" <= character <= "\udfff" for character in value):
+        raise UsageError(f"{name} has U+0000 or a lone surrogate, which databases cannot store")
+    return value
 
 
 @cache

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from shardgate.errors import UsageError
 from shardgate.sql import transactions
 from shardgate.sql.dialect import Operation, Outcome
-from shardgate.sql.transactions import RefusedError, RepeatedError, UndecodableError
+from shardgate.sql.transactions import VOID, RefusedError, RepeatedError, UndecodableError
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -167,13 +167,15 @@ class Store:
             raise RefusedError
         if outcome is Outcome.REPEATED:
             known = await self.recorded(place, operation.op_id)
+            if known is not None and known.kind == VOID:
+                raise UsageError(f"{_named(operation)} was settled as not landed; use a new one")
             if known is None or (known.kind, known.fingerprint) != (
                 operation.kind,
                 operation.fingerprint,
             ):
                 raise UsageError(
-                    f"the idempotency key {operation.op_id[1:]!r} was used before in this session, "
-                    "for other items or another operation: use a new one"
+                    f"{_named(operation)} was used before in this session, for other items or "
+                    "another operation: use a new one"
                 )
 
     async def recorded(self, place: Place, op_id: str) -> RecordedOp | None:
@@ -246,6 +248,12 @@ class Store:
         return await self.database.query(
             lambda connection: act(connection, tables, *values, **more)
         )
+
+
+def _named(operation: Operation) -> str:
+    """What the caller knows it by: his own key, if he has chosen one."""
+    op_id = operation.op_id
+    return f"the idempotency key {op_id[1:]!r}" if op_id[0] == "=" else f"the op_id {op_id!r}"
 
 
 def _log_skipped(key: Key, skipped: int) -> None:

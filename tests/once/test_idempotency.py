@@ -102,7 +102,7 @@ async def test_any_text_is_a_key_and_is_compared_exactly(door: Door) -> None:
 async def test_bad_keys_are_refused(door: Door) -> None:
     bad: list[Any] = ["", "x" * 128, 7, b"k", "\0", "\ud800", True]
     for key in bad:
-        with pytest.raises(UsageError):
+        with pytest.raises(UsageError, match=r"^idempotency_key "):
             await _add(door, AB, key)
     assert await door.session().get_items() == []
 
@@ -139,9 +139,41 @@ async def test_settling_a_key(door: Door) -> None:
     await _add(door, AB, "k")
     assert await session.settle("=k")
     assert not await session.settle("=other")
-    with pytest.raises(UsageError, match="'other'"):
+    with pytest.raises(UsageError, match="'other' was settled as not landed; use a new one"):
         await _add(door, AB, "other")
     assert await session.get_items() == AB
+
+
+async def test_only_an_op_id_can_be_settled(door: Door) -> None:
+    session: Any = door.session()
+    for bad in ("", "x" * 129, "\0", "a\udc00", None, 7, b"x", True):
+        with pytest.raises(UsageError, match=r"^op_id "):
+            await session.settle(bad)
+    assert not await session.settle("€" * 128)
+
+
+async def test_a_replacement_that_was_burnt_does_not_claim_to_have_landed(door: Door) -> None:
+    session: Any = door.session()
+    await session.add_items(AB)
+    tail = await session._perform(lambda store, place: store.tail(place, 9))
+    burnt, landing = Operation("5" * 32, "replace"), Operation("6" * 32, "replace")
+    assert not await session.settle(burnt.op_id)
+    new = ['{"id":"new"}']
+
+    async def replace_all(operation: Operation) -> Any:
+        return await session._perform(lambda store, at: store.replace_all(at, operation, new))
+
+    async def replace_tail(operation: Operation) -> Any:
+        return await session._perform(
+            lambda store, place: store.replace(
+                place, operation, tail, start=1, items=new, prune=None
+            )
+        )
+
+    assert [await replace_all(burnt), await replace_tail(burnt)] == [False, False]
+    assert await session.get_items() == AB
+    assert [await replace_tail(landing) for _ in range(2)] == [True, True]
+    assert await session.get_items() == [AB[0], {"id": "new"}]
 
 
 async def test_settling_against_the_operation_itself(door: Door, open_door: OpenDoor) -> None:

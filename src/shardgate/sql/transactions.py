@@ -339,8 +339,9 @@ async def replace_tail(
     """
     await check_guard(connection, tables, key.tenant_id, guard)
     session = await _lock(connection, tables, key)
-    if await find_op(connection, tables, key, operation.op_id) is not None:
-        return True
+    known = await find_op(connection, tables, key, operation.op_id)
+    if known is not None:
+        return known.kind != VOID
     if session is None or session.incarnation != incarnation:
         return False
     messages = tables.messages
@@ -380,8 +381,9 @@ async def replace_all(
     """Put ``items`` in the place of everything; False where there is no such session."""
     await check_guard(connection, tables, key.tenant_id, guard)
     session = await _lock(connection, tables, key)
-    if await find_op(connection, tables, key, operation.op_id) is not None:
-        return True
+    known = await find_op(connection, tables, key, operation.op_id)
+    if known is not None:
+        return known.kind != VOID
     if session is None:
         return False
     sessions, messages = tables.sessions, tables.messages
