@@ -233,7 +233,7 @@ async def _core_statements(database: Database) -> list[tuple[str, Any]]:
     replace = Operation("+4", "replace")
     assert await store.replace(PLACE, replace, tail, start=8, items=['{"n": 3}'], prune=None)
     assert await store.recorded(PLACE, "+4") is not None
-    assert await store.delete(small)
+    assert await store.delete(small, Operation("+5", "delete"))
     event.remove(database.engine.sync_engine, "before_cursor_execute", note)
     assert len(sent) >= 10
     return sent
