@@ -38,6 +38,7 @@ class EngineState:
         self.verified: set[tuple[str | None, TableNames]] = set()
         self.first_use = threading.Lock()
         self.single_connection = threading.Lock()
+        self.answered = float("-inf")  # when the database last answered, by the event loop's clock
         self._dialects: dict[tuple[str | None, TableNames], Dialect] = {}
         self._locks: weakref.WeakKeyDictionary[
             asyncio.AbstractEventLoop, dict[str, asyncio.Lock]

@@ -13,7 +13,8 @@
     ├── OutcomeUnknown                  the operation was sent and its answer was lost
     └── OperatorError                   somebody has to look: nothing heals by waiting
         ├── KeyspaceNotCreated          the shards hold no slot map yet
-        └── OwnershipConflict           two shards claim a slot, or a shard is of another keyspace
+        ├── ShardQuarantined            a shard is not the one it is taken for, or an older copy
+        └── OwnershipConflict           the shards, or the settings, contradict each other
 
 Errors carry fields (``shard``, ``tenant``, ``keyspace``) and never a URL, which has a password.
 """
@@ -90,6 +91,17 @@ class KeyspaceNotCreated(OperatorError):
 
     def __init__(self, message: str, *, keyspace: str) -> None:
         self.keyspace = keyspace
+        super().__init__(message)
+
+
+class ShardQuarantined(OperatorError):
+    """A shard is not the one that the settings or its peers take it for, or is an older copy of it.
+
+    Nothing is written to it. The other shards serve. ``shard`` is its configured name.
+    """
+
+    def __init__(self, message: str, *, shard: str) -> None:
+        self.shard = shard
         super().__init__(message)
 
 

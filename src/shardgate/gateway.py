@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
 from types import MappingProxyType
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from sqlalchemy import text
 
+from shardgate.agreement import Plan
 from shardgate.engines import make_engine
 from shardgate.errors import OwnershipConflict, ShardgateError, ShardUnavailable, UsageError
 from shardgate.keyspace import Keyspace
@@ -20,7 +21,7 @@ from shardgate.session import GatewaySession
 from shardgate.settings import GatewaySettings
 from shardgate.settling import together
 from shardgate.shards import Shard
-from shardgate.slotmap import Plan, build_map, lost, mistaken, read_record
+from shardgate.slotmap import conflict, map_of, unnamed_owners
 from shardgate.slots import check_session_id, check_tenant_id
 from shardgate.sql.schema import TableNames, build_tables
 
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from sqlalchemy import URL
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-    from shardgate.slotmap import ShardRecord
+    from shardgate.slotmap import Reading
     from shardgate.sql.transactions import SessionInfo
     from shardgate.store import Place, Store
 
@@ -43,7 +44,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class ShardHealth:
-    """How a shard is. ``latency`` is of one round trip, in seconds; ``slots`` those it owns."""
+    """How a shard is. ``latency`` is of one round trip, in seconds; ``slots`` those it owns.
+
+    ``map_version`` counts the changes of the keyspace that the shard was part of.
+    """
 
     name: str
     keyspace: str
@@ -51,6 +55,7 @@ class ShardHealth:
     server: str | None = None
     latency: float | None = None
     slots: int | None = None
+    map_version: int | None = None
     error: str | None = None
 
     @property
@@ -61,14 +66,15 @@ class ShardHealth:
 
 @dataclass(frozen=True, slots=True)
 class HealthReport:
-    """How the shards are, by name."""
+    """How the shards are, by name, and what is wrong with a keyspace as a whole."""
 
     shards: Mapping[str, ShardHealth]
+    problems: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
-        """Whether every shard serves."""
-        return all(shard.ok for shard in self.shards.values())
+        """Whether every shard serves, and every keyspace is whole."""
+        return not self.problems and all(shard.ok for shard in self.shards.values())
 
 
 class Gateway:
@@ -151,8 +157,10 @@ class Gateway:
     async def open(self) -> None:
         """Learn who owns what from the shards that answer; the rest is learnt when it is needed.
 
+        A shard that contradicts its peers is put in quarantine, and named in the log.
+
         Raises:
-            OperatorError: a keyspace was not created, or its shards contradict each other.
+            OperatorError: a keyspace was not created, or none of its shards is the right one.
         """
         self._check_use()
         answers = await asyncio.gather(
@@ -175,7 +183,7 @@ class Gateway:
 
         Raises:
             ShardUnavailable: a shard does not answer; run it again.
-            OwnershipConflict: a shard is of another keyspace.
+            OwnershipConflict: a shard is not the one that it is taken for; nothing was written.
         """
         self._check_use()
         for keyspace in self._keyspaces.values():
@@ -212,45 +220,36 @@ class Gateway:
     async def check(self) -> HealthReport:
         """Ask every shard how it is and whether it is the right one, all at the same time."""
         self._check_use()
-        answers = await together(map(self._check_shard, self._shards.values()))
-        health = {answer.name: answer for answer, _ in answers}
-        records = {answer.name: record for answer, record in answers if record is not None}
-        for keyspace in self.settings.keyspaces:
-            for name, problem in self._problems(keyspace, health, records).items():
-                health[name] = replace(health[name], error=problem)
-        return HealthReport(MappingProxyType(health))
+        readings = await together(keyspace.examine() for keyspace in self._keyspaces.values())
+        health: dict[str, ShardHealth] = {}
+        problems: list[str] = []
+        for keyspace, reading in zip(self._keyspaces.values(), readings, strict=True):
+            answers = await together(
+                self._check_shard(keyspace.plan.keyspace, shard, reading)
+                for shard in keyspace.shards.values()
+            )
+            health |= {answer.name: answer for answer in answers}
+            problems += _problems(keyspace.plan, reading)
+        ordered = {name: health[name] for name in self._shards}
+        return HealthReport(MappingProxyType(ordered), tuple(problems))
 
-    async def _check_shard(self, shard: Shard) -> tuple[ShardHealth, ShardRecord | None]:
-        health = partial(ShardHealth, shard.name, self.settings.shards[shard.name].keyspace)
+    async def _check_shard(self, keyspace: str, shard: Shard, reading: Reading) -> ShardHealth:
+        health = partial(ShardHealth, shard.name, keyspace)
         try:
-            server, latency = await shard.query(_measure)
+            server, latency = await shard.ask(_measure)
         except ShardgateError as error:
-            return health(reachable=False, error=str(error)), None
+            return health(reachable=False, error=str(error))
         known = partial(health, reachable=True, server=server, latency=latency)
-        try:
-            record = await read_record(shard)
-        except ShardgateError as error:
-            return known(error=str(error)), None
+        if shard.name in reading.down:
+            return known(error=str(reading.down[shard.name]))
+        if shard.name in reading.wrong:
+            known = partial(known, error=f"in quarantine: {reading.wrong[shard.name].reason}")
+        record = reading.records[shard.name]
         if record is None:
             missing = f"shard {shard.name!r} is not created yet: run 'shardgate create-tables'"
-            return known(error=missing), None
-        owned = sum(row.owner == record.identity.shard_uuid for row in record.rows)
-        return known(slots=owned), record
-
-    def _problems(
-        self, keyspace: str, health: Mapping[str, ShardHealth], records: Mapping[str, ShardRecord]
-    ) -> dict[str, str]:
-        """What the shards of a keyspace say that does not fit together."""
-        plan = self._plan(keyspace)
-        records = {name: record for name, record in records.items() if name in plan.weights}
-        without = [name for name in plan.weights if health[name].reachable and name not in records]
-        problems = mistaken(plan, records) | lost(records, without)
-        if records and not problems:
-            try:
-                build_map(plan, records)
-            except OwnershipConflict as error:
-                return dict.fromkeys(records, str(error))
-        return problems
+            return known(**({"error": missing} | known.keywords))
+        owned = sum(row.owner == record.uuid for row in record.rows)
+        return known(slots=owned, map_version=record.identity.map_version)
 
     def _plan(self, keyspace: str) -> Plan:
         shape = self.settings.keyspace(keyspace)
@@ -285,6 +284,16 @@ class Gateway:
                 "a gateway belongs to one event loop, and this is another one: make a gateway for "
                 "each event loop"
             )
+
+
+def _problems(plan: Plan, reading: Reading) -> list[str]:
+    if not reading.usable:
+        return []
+    try:
+        known = map_of(plan, reading)
+    except OwnershipConflict as error:
+        return [str(error)]
+    return [str(conflict(plan, what)) for what in unnamed_owners(plan, known).values()]
 
 
 async def _measure(connection: AsyncConnection) -> tuple[str, float]:

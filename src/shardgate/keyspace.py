@@ -3,20 +3,28 @@
 What is known may be out of date, and nothing depends on it: each statement has the shard itself
 confirm that it owns the session's slot. Where the guard fails, the shard's own record tells where
 the slot has gone; where that leads nowhere, all shards are read afresh.
+
+A shard that contradicts its peers is put in quarantine: nothing is written there, and the others
+serve. It is looked at when the map is read, when a connection leads to a server that has not been
+seen before (after a restart, a failover, a restore), and again while it is in quarantine.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from shardgate.agreement import contradictions
 from shardgate.errors import OwnershipConflict, ShardUnavailable, TenantRefused, UsageError
+from shardgate.founding import create
+from shardgate.records import ADMITTED, DRAINING, OWNED, admit, owned_slots, read_record, standing
 from shardgate.router import route
-from shardgate.shards import ask_all
-from shardgate.slotmap import ADMITTED, DRAINING, OWNED, admit, create, load, owned_slots, standing
+from shardgate.shards import Quarantine, ask_all
+from shardgate.slotmap import Reading, conflict, consult, map_of, not_named, unnamed_owners
 from shardgate.slots import from_signed, slot_of, tenant_slots
 from shardgate.sql.dialect import Guard, Key
 from shardgate.sql.transactions import RefusedError
@@ -25,16 +33,23 @@ from shardgate.store import Place, Store
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
 
+    from shardgate.agreement import Plan
+    from shardgate.records import ShardRecord, Standing
     from shardgate.router import Route
     from shardgate.shards import Shard
-    from shardgate.slotmap import Plan, Standing
     from shardgate.sql.transactions import Listed, SessionInfo
     from shardgate.topology import KeyspaceMap
 
 T = TypeVar("T")
 
+logger = logging.getLogger("shardgate")
+
 _POLL = 0.02
 """Seconds between two looks at a slot that is being moved, or that nobody seems to have."""
+_GLANCE_SECONDS = 2.0
+"""How long a shard's peers are waited for when it is compared with them."""
+_QUARANTINE_SECONDS = 5.0
+"""After how long a shard in quarantine is looked at again, if it is asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,11 +74,20 @@ class Keyspace:
         self._deadline = deadline
         self._loading: asyncio.Task[KeyspaceMap] | None = None
         self._owned: dict[str, tuple[int, frozenset[int]]] = {}
+        self._seen: dict[str, int] = {}
+        for shard in shards.values():
+            shard.verify = self._verify
 
     async def create(self) -> None:
         """Create the keyspace on its shards, or what is missing of it."""
         await create(self.plan, self.shards)
-        self.map = await load(self.plan, self.shards)
+        await self._load_map()
+
+    async def examine(self) -> Reading:
+        """Read and compare what all shards say, and act on it."""
+        reading = await consult(self.plan, self.shards, seen=self._seen)
+        self._judge(reading)
+        return reading
 
     async def known(self) -> KeyspaceMap:
         """The map: as known, or read now."""
@@ -81,7 +105,9 @@ class Keyspace:
         """Run ``act`` where the session lives, following it for as long as the deadline allows.
 
         Raises:
-            OwnershipConflict: no shard that answers owns the session's slot.
+            OwnershipConflict: no shard that answers owns the session's slot, or one that the
+                settings do not have.
+            ShardQuarantined: the shard is not the one that it is taken for.
             TenantRefused: the tenant is not admitted there.
         """
         clock = asyncio.get_running_loop().time
@@ -89,6 +115,9 @@ class Keyspace:
         while True:
             known = await self.known()
             where = route(known, tenant_id, session_id)
+            if where.shard not in self.shards:
+                raise self._not_named(known, where.shard)
+            await self._reconsider(self.shards[where.shard])
             guard = Guard(where.slot, known.uuids[where.shard])
             place = Place(Key(tenant_id, session_id, where.h), guard)
             try:
@@ -113,10 +142,12 @@ class Keyspace:
             known = await self.known()
             slots = tenant_slots(tenant_id, slots=known.slots, spread=known.spread)
             wanted = frozenset(range(known.slots)) if slots is None else slots
-            owners = sorted({known.owner(slot) for slot in wanted})
+            owners = {known.owner(slot) for slot in wanted}
+            asked = sorted(owners & self.shards.keys())
             answers, down = await ask_all(
-                {name: self._ask(known, name, tenant_id, limit, after) for name in owners}
+                {name: self._ask(known, name, tenant_id, limit, after) for name in asked}
             )
+            down |= {name: self._not_named(known, name) for name in owners - self.shards.keys()}
             if down and not partial_:
                 raise next(iter(down.values()))
             claims = Counter(slot for answer in answers.values() for slot in answer.owned & wanted)
@@ -140,18 +171,23 @@ class Keyspace:
         These are remembered by the version of its slot map. Where it has changed they are read, and
         the page is asked for again.
         """
+        await self._reconsider(self.shards[name])
         sessions: list[SessionInfo] = []
         place = after
         while True:
             listed = await self._stores[name].page(tenant_id, limit=limit, after=place)
             if listed.shard_uuid != known.uuids[name]:
                 self._owned.pop(name, None)
+                await self._read()
+                self.shards[name].refuse(writes=False)
                 raise self._not_itself(name, listed.shard_uuid)
             version, owned = self._owned.get(name, (None, frozenset()))
             if version != listed.map_version:
                 self._owned[name] = await owned_slots(self.shards[name])
                 sessions, place = [], after
                 continue
+            if self.shards[name].quarantine is not None:  # its claims may be out of date
+                owned &= frozenset((self.map or known).slots_of(name))
             sessions += self._visible(listed, owned)
             if len(listed.sessions) < limit or len(sessions) >= limit:
                 return Answer(owned, sessions)
@@ -168,6 +204,8 @@ class Keyspace:
         said = await standing(self.shards[where.shard], where.slot, tenant_id)
         own = known.uuids[where.shard]
         if said.shard_uuid != own:
+            await self._read()
+            self.shards[where.shard].refuse(writes=False)
             raise self._not_itself(where.shard, said.shard_uuid)
         if said.slot is not None and said.slot.owner == own:
             await self._wait_or_admit(where.shard, said, tenant_id)
@@ -201,11 +239,11 @@ class Keyspace:
 
     def _not_itself(self, shard: str, uuid: str | None) -> OwnershipConflict:
         found = "has no record of its own" if uuid is None else "is another shard"
-        return OwnershipConflict(
-            f"keyspace {self.plan.keyspace!r}: shard {shard!r} {found} (UUID {uuid}): "
-            "is its URL the right one?",
-            keyspace=self.plan.keyspace,
-        )
+        what = f"shard {shard!r} {found} (UUID {uuid}): is its URL the right one?"
+        return conflict(self.plan, what)
+
+    def _not_named(self, known: KeyspaceMap, shard: str) -> OwnershipConflict:
+        return conflict(self.plan, not_named(shard, len(known.slots_of(shard))))
 
     def _nobody_has(self, where: Route) -> OwnershipConflict:
         return OwnershipConflict(
@@ -237,8 +275,75 @@ class Keyspace:
 
     async def _load(self) -> KeyspaceMap:
         if self._creates and self.map is None:
-            # Where the keyspace exists, the shards that answer are enough to serve.
-            with suppress(ShardUnavailable):
+            # Where the keyspace exists, the shards that answer and fit are enough to serve.
+            with suppress(ShardUnavailable, OwnershipConflict):
                 await create(self.plan, self.shards)
-        self.map = await load(self.plan, self.shards)
-        return self.map
+        return await self._load_map()
+
+    async def _load_map(self) -> KeyspaceMap:
+        known = map_of(self.plan, await self.examine())
+        for problem in unnamed_owners(self.plan, known).values():
+            logger.error("keyspace %r: %s", self.plan.keyspace, problem)
+        self.map = known
+        return known
+
+    def _judge(self, reading: Reading) -> None:
+        """Put the shards that contradict the others in quarantine, and let the others out."""
+        now = asyncio.get_running_loop().time()
+        for name in reading.records:
+            shard, wrong = self.shards[name], reading.wrong.get(name)
+            before = shard.quarantine
+            if wrong is None:
+                shard.judge(None)
+                if before is not None:
+                    logger.warning("shard %r is out of quarantine", name)
+                continue
+            shard.judge(Quarantine(wrong.reason, wrong.reads, now))
+            if before is None or before.reason != wrong.reason:
+                logger.error("shard %r is in quarantine: %s", name, wrong.reason)
+        self._remember(reading)
+
+    def _remember(self, reading: Reading) -> None:
+        for uuid, version in reading.versions.items():
+            self._seen[uuid] = max(version, self._seen.get(uuid, 0))
+
+    async def _reconsider(self, shard: Shard) -> None:
+        """Look again at a shard that has been in quarantine for a while: it may be mended."""
+        quarantine = shard.quarantine
+        now = asyncio.get_running_loop().time()
+        if quarantine is not None and now - quarantine.since > _QUARANTINE_SECONDS:
+            await self._read()
+
+    async def _verify(self, shard: Shard) -> None:
+        """Compare a shard that is on another server than before with its peers.
+
+        Where no peer answers, it is believed if it is not behind what this process has seen: else
+        the death of one shard would take down another one that was only restarted.
+        """
+        answers, down = await ask_all(
+            {name: self._glance(peer, shard) for name, peer in self.shards.items()}
+        )
+        if shard.name in down:
+            raise down[shard.name]
+        wrong = contradictions(self.plan, answers, seen=self._seen)
+        if wrong or shard.quarantine is not None:
+            await self._read()
+            return
+        if len(answers) == 1 < len(self.shards):
+            logger.warning(
+                "shard %r is on another server than before, and none of its peers answers: it is "
+                "believed, because it is not behind what this process has seen",
+                shard.name,
+            )
+        self._remember(Reading(answers, down, wrong))
+
+    async def _glance(self, shard: Shard, suspect: Shard) -> ShardRecord | None:
+        """What a shard says of itself and its peers, without its slots."""
+        try:
+            async with asyncio.timeout(None if shard is suspect else _GLANCE_SECONDS):
+                return await read_record(shard, rows=False, probing=shard is suspect)
+        except TimeoutError as error:
+            raise ShardUnavailable(
+                f"shard {shard.name!r} did not answer within {_GLANCE_SECONDS:g} seconds",
+                shard=shard.name,
+            ) from error

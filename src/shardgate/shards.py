@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import random
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -24,6 +25,7 @@ from shardgate.errors import (
     OperatorError,
     OutcomeUnknown,
     ShardgateError,
+    ShardQuarantined,
     ShardUnavailable,
 )
 from shardgate.settling import settle
@@ -36,7 +38,10 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
     from sqlalchemy.pool import PoolProxiedConnection
 
+    from shardgate.sql.dialect import Admission, Server
     from shardgate.sql.schema import TableNames, Tables
+
+    Verify = Callable[["Shard"], Awaitable[None]]
 
 T = TypeVar("T")
 
@@ -50,21 +55,36 @@ CANCELLED_SECONDS = 10.0
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.002, 0.1
 _POLL = 0.005
 _SINGLE_CONNECTION = (StaticPool, AssertionPool, SingletonThreadPool)
-_READ_COMMITTED = "shardgate.read_committed"
+_ADMISSION, _VERIFIED = "shardgate.admission", "shardgate.verified"
 
 
 class Attempt:
     """How far an operation has come.
 
     ``sent``: the attempt under way has reached the driver. ``lost``: an attempt that was sent has
-    not been answered, so it may have taken effect.
+    not been answered, so it may have taken effect. ``about_the_shard``: it asks what a shard is, or
+    tells it, so that it does not depend on the answer; ``probing``: even while the shard is down.
     """
 
-    __slots__ = ("lost", "sent")
+    __slots__ = ("about_the_shard", "lost", "probing", "sent")
 
-    def __init__(self) -> None:
+    def __init__(self, *, about_the_shard: bool = False, probing: bool = False) -> None:
         self.sent = False
         self.lost = False
+        self.about_the_shard = about_the_shard
+        self.probing = probing
+
+
+class UnverifiedError(ShardgateError):
+    """A connection leads to a server that nobody has compared with the shard's peers yet.
+
+    ``connection`` is what the pool remembers of it.
+    """
+
+    def __init__(self, server: Server, connection: dict[Any, Any]) -> None:
+        self.server = server
+        self.connection = connection
+        super().__init__("the server has not been verified")
 
 
 class Patience:
@@ -74,18 +94,22 @@ class Patience:
         self._clock = asyncio.get_running_loop().time
         self._give_up = self._clock() + seconds
         self._outage = outage
-        self._outage_ends: float | None = None
+        self._outage_began: float | None = None
         self._next = _FIRST_PAUSE
 
     def with_contention(self) -> bool:
         """Whether to try again because other writers were in the way."""
         return self._clock() + self._next < self._give_up
 
-    def with_outage(self) -> bool:
-        """Whether to try again because the connection was lost: short trouble is ridden over."""
-        if self._outage_ends is None:
-            self._outage_ends = self._clock() + self._outage
-        return self._clock() + self._next < min(self._outage_ends, self._give_up)
+    def with_outage(self, answered: float) -> bool:
+        """Whether to try again because the connection was lost: short trouble is ridden over.
+
+        ``answered``: when the database last answered anybody. Since then at most, it is down.
+        """
+        if self._outage_began is None:
+            self._outage_began = self._clock()
+        ends = max(self._outage_began, answered) + self._outage
+        return self._clock() + self._next < min(ends, self._give_up)
 
     async def pause(self) -> None:
         """Wait a little, longer each time, and not at the same moment as everybody else."""
@@ -145,6 +169,7 @@ class Database:
         self, action: Callable[[AsyncConnection], Awaitable[T]], attempt: Attempt
     ) -> T:
         async with self._only_user(), self.engine.connect() as connection:
+            await self._admit(await connection.get_raw_connection(), attempt)
             attempt.sent = True
             return await action(connection)
 
@@ -176,9 +201,15 @@ class Database:
             if create or await verify_tables(self.engine, self.tables):
                 self.state.verified.add(names)
 
-    async def _settled(self, once: Callable[[Attempt], Awaitable[T]], *, writes: bool = True) -> T:
+    async def _settled(
+        self,
+        once: Callable[[Attempt], Awaitable[T]],
+        *,
+        writes: bool = True,
+        attempt: Attempt | None = None,
+    ) -> T:
         """Run an operation; from when it is sent, a cancelled caller waits for its outcome."""
-        attempt = Attempt()
+        attempt = attempt or Attempt()
         return await settle(
             self._run(once, attempt, writes=writes),
             grace=CANCELLED_SECONDS,
@@ -200,9 +231,15 @@ class Database:
             async with asyncio.timeout(self.deadline):
                 while True:
                     try:
-                        return await once(attempt)
+                        answer = await once(attempt)
+                    except UnverifiedError as unknown:
+                        await self._verify(unknown, attempt, writes=writes)
+                        continue
                     except (DBAPIError, OSError) as error:
                         self._take(error, attempt, patience)
+                    else:
+                        self.state.answered = asyncio.get_running_loop().time()
+                        return answer
                     await patience.pause()
         except Exception as error:
             foreseen = isinstance(error, DBAPIError | PoolTimeout | OSError)
@@ -210,6 +247,9 @@ class Database:
                 raise
             lost = attempt.lost or (attempt.sent and isinstance(error, TimeoutError))
             self._fail(error, sent=attempt.sent, unknown=lost and writes)
+
+    async def _verify(self, unknown: UnverifiedError, attempt: Attempt, *, writes: bool) -> None:
+        """Find out whether a server may be used."""
 
     def _take(self, error: DBAPIError | OSError, attempt: Attempt, patience: Patience) -> None:
         """Note what an attempt's error means; raises it where another attempt is of no use.
@@ -223,7 +263,7 @@ class Database:
         elif self._is_lost(error, attempt):
             answered = isinstance(error, DBAPIError) and not error.connection_invalidated
             attempt.lost |= attempt.sent and not answered
-            if not patience.with_outage():
+            if not patience.with_outage(self.state.answered):
                 raise error
         else:
             raise error
@@ -265,29 +305,39 @@ class Database:
             return await self._act(action, connection, attempt)
 
     async def _act(
-        self, action: Callable[[Any], Awaitable[T]], connection: PoolProxiedConnection, attempt: Any
+        self,
+        action: Callable[[Any], Awaitable[T]],
+        connection: PoolProxiedConnection,
+        attempt: Attempt,
     ) -> T:
         driver: Any = connection.driver_connection
         if self.dialect.in_transaction(driver):
             # A listener of the pool has left one open; what it has set in it is to stay.
             adapted: Any = connection.dbapi_connection
             await greenlet_spawn(adapted.commit)
-        if await self._is_read_committed(connection):
+        admission = await self._admit(connection, attempt)
+        if admission.read_committed:
             attempt.sent = True
             return await action(driver)
         async with driver.transaction(isolation="read_committed"):
             attempt.sent = True
             return await action(driver)
 
-    async def _is_read_committed(self, connection: PoolProxiedConnection) -> bool:
-        """Whether the server's default is READ COMMITTED: asked once for each connection."""
-        if self.dialect.one_thread:
-            return True
-        known = connection.info.get(_READ_COMMITTED)
-        if known is None:
-            known = await self.dialect.admit(connection.driver_connection)
-            connection.info[_READ_COMMITTED] = known
-        return bool(known)
+    async def _admit(self, connection: PoolProxiedConnection, attempt: Attempt) -> Admission:
+        """What there is to know of a connection before it is used: asked once for each.
+
+        A standby's is asked again each time: it may become another server without a new connection.
+        """
+        admission: Admission | None = connection.info.get(_ADMISSION)
+        if admission is None:
+            admission = await self.dialect.admit(connection.driver_connection)
+            if not admission.server.standby:
+                connection.info[_ADMISSION] = admission
+        self._check_server(admission.server, connection.info, attempt)
+        return admission
+
+    def _check_server(self, server: Server, info: dict[Any, Any], attempt: Attempt) -> None:
+        """Raise UnverifiedError where the server has to be looked at first."""
 
     @asynccontextmanager
     async def _checked_out(self) -> AsyncIterator[PoolProxiedConnection]:
@@ -371,6 +421,7 @@ class Database:
         self, action: Callable[[AsyncConnection], Awaitable[T]], attempt: Attempt
     ) -> T:
         async with self._only_user(), transaction(self.engine) as connection:
+            await self._admit(await connection.get_raw_connection(), attempt)
             attempt.sent = True
             return await action(connection)
 
@@ -391,18 +442,59 @@ async def _held(lock: threading.Lock) -> AsyncIterator[None]:
         lock.release()
 
 
+@dataclass(frozen=True, slots=True)
+class Quarantine:
+    """Why a shard must not be written to, and since when (the event loop's time, in seconds).
+
+    ``reads``: whether it may be read from.
+    """
+
+    reason: str
+    reads: bool
+    since: float
+
+
 class Shard(Database):
-    """A named database of a gateway: operations have a deadline, and errors name the shard."""
+    """A named database of a gateway: operations have a deadline, and errors name the shard.
+
+    Attributes:
+        quarantine: why it must not be used, if that is so.
+        verify: is called when a connection leads to a server that was not seen before; it sets or
+            lifts the quarantine, or raises ShardUnavailable. None: any server will do.
+    """
 
     def __init__(self, name: str, engine: AsyncEngine, tables: Tables, *, deadline: float) -> None:
         super().__init__(engine, tables)
         self.name = name
         self.deadline = deadline
-        self._answered = 0.0
+        self.quarantine: Quarantine | None = None
+        self.verify: Verify | None = None
+        self._server: Server | None = None
+        self._asked: Server | None = None
         self._outage: Outage | None = None
 
     def __repr__(self) -> str:
         return f"Shard({self.name!r})"
+
+    async def ask(
+        self, action: Callable[[AsyncConnection], Awaitable[T]], *, probing: bool = False
+    ) -> T:
+        """As :meth:`query`, of whoever answers there: to find out what it is.
+
+        ``probing``: even while the shard counts as down.
+        """
+        attempt = Attempt(about_the_shard=True, probing=probing)
+        return await self._settled(partial(self._query, action), writes=False, attempt=attempt)
+
+    async def tell(self, action: Callable[[AsyncConnection], Awaitable[T]]) -> T:
+        """As :meth:`transact`, whatever answers there: to make it what it is to be."""
+        attempt = Attempt(about_the_shard=True)
+        return await self._settled(partial(self._transaction, action), attempt=attempt)
+
+    def judge(self, quarantine: Quarantine | None) -> None:
+        """Take what was found out about the shard, by asking it on the server last asked."""
+        self.quarantine = quarantine
+        self._server = self._asked
 
     async def _run(
         self,
@@ -413,7 +505,10 @@ class Shard(Database):
         outage: float | None = None,
     ) -> T:
         """Run an operation; while the shard is down, fail at once, but for one probe at a time."""
-        if self._outage is None:
+        if not attempt.about_the_shard:
+            self.refuse(writes=writes)
+        if self._outage is None or attempt.probing:
+            outage = 0 if attempt.probing else outage
             return await self._listen(super()._run(once, attempt, writes=writes, outage=outage))
         if self._outage.probed:
             raise ShardUnavailable(
@@ -424,6 +519,45 @@ class Shard(Database):
         with self._outage.probe():
             return await self._listen(super()._run(once, attempt, writes=writes, outage=0))
 
+    def refuse(self, *, writes: bool) -> None:
+        """Raise ShardQuarantined where the shard must not be used, or not be written to."""
+        quarantine = self.quarantine
+        if quarantine is not None and (writes or not quarantine.reads):
+            raise ShardQuarantined(
+                f"shard {self.name!r} is in quarantine: {quarantine.reason} ('shardgate reconcile "
+                f"{self.name}' says what can be done)",
+                shard=self.name,
+            )
+
+    def _check_server(self, server: Server, info: dict[Any, Any], attempt: Attempt) -> None:
+        if attempt.about_the_shard:
+            self._asked = server
+        if self.verify is None or attempt.about_the_shard or info.get(_VERIFIED):
+            return
+        if self._server is None or not server.is_same(self._server):
+            raise UnverifiedError(server, info)
+        if not server.standby:
+            info[_VERIFIED] = True
+
+    async def _verify(self, unknown: UnverifiedError, attempt: Attempt, *, writes: bool) -> None:
+        """Have a server looked at, once for all who have met it; a failed look is not one."""
+        try:
+            async with self.state.lock("verification"):
+                known = self._server is not None and unknown.server.is_same(self._server)
+                if self.verify is not None and not known:
+                    await self.verify(self)
+                self._server = unknown.server
+            if not unknown.server.standby:
+                unknown.connection[_VERIFIED] = True
+            self.refuse(writes=writes)
+        except (ShardUnavailable, ShardQuarantined) as error:
+            if attempt.lost and writes:
+                raise OutcomeUnknown(
+                    f"{error}; a write was sent before, and may or may not have taken effect",
+                    shard=self.name,
+                ) from error
+            raise
+
     async def _listen(self, operation: Awaitable[T]) -> T:
         """Note whether the shard has answered, be it with an error of its own."""
         clock = asyncio.get_running_loop().time
@@ -431,13 +565,13 @@ class Shard(Database):
         try:
             answer = await operation
         except (ShardUnavailable, OutcomeUnknown):
-            if self._answered < began:  # nobody else has had an answer meanwhile either
+            if self.state.answered < began:  # nobody else has had an answer meanwhile either
                 self._outage = self._outage or Outage()
             raise
         except Exception:
-            self._answered, self._outage = clock(), None
+            self.state.answered, self._outage = clock(), None
             raise
-        self._answered, self._outage = clock(), None
+        self._outage = None
         return answer
 
     def _fail(self, error: Exception, *, sent: bool, unknown: bool) -> NoReturn:
@@ -469,16 +603,16 @@ class Shard(Database):
 
 async def ask_all(
     operations: Mapping[str, Awaitable[T]],
-) -> tuple[dict[str, T], dict[str, ShardUnavailable]]:
+) -> tuple[dict[str, T], dict[str, ShardgateError]]:
     """Ask several shards at the same time: the answers by name, and the shards without one.
 
-    Any other error than a shard's absence is raised, once all have answered.
+    Any other error than a shard's absence, or its quarantine, is raised, once all have answered.
     """
     outcomes = await asyncio.gather(*operations.values(), return_exceptions=True)
     answers: dict[str, T] = {}
-    down: dict[str, ShardUnavailable] = {}
+    down: dict[str, ShardgateError] = {}
     for name, outcome in zip(operations, outcomes, strict=True):
-        if isinstance(outcome, ShardUnavailable):
+        if isinstance(outcome, ShardUnavailable | ShardQuarantined):
             down[name] = outcome
         elif isinstance(outcome, BaseException):
             raise outcome

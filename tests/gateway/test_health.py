@@ -134,15 +134,16 @@ async def test_a_shard_of_another_keyspace(sqlite_urls: SQLiteUrls, gateways: Ga
     assert "keyspace is 'eu'" in str(report.shards["c"].error)
 
 
-async def test_a_missing_owner_is_said_of_all_that_miss_it(
+async def test_a_missing_owner_is_a_problem_of_the_keyspace(
     sqlite_urls: SQLiteUrls, gateways: Gateways
 ) -> None:
     urls = sqlite_urls("abc")
     await gateways.open(settings_at(urls))
     del urls["c"]
     report = await gateways.make(settings_at(urls)).check()
-    assert [health.ok for health in report.shards.values()] == [False, False]
-    assert "belongs to 'c'" in str(report.shards["a"].error)
+    assert [health.ok for health in report.shards.values()] == [True, True]
+    assert not report.ok
+    assert "belong to shard 'c'" in report.problems[0]
 
 
 async def test_a_keyspace_in_trouble_is_not_another_ones(
@@ -170,4 +171,5 @@ def test_a_report_is_good_when_all_shards_are() -> None:
     good = ShardHealth("a", "main", reachable=True)
     bad = ShardHealth("b", "main", reachable=True, error="wrong")
     assert HealthReport({"a": good}).ok
+    assert not HealthReport({"a": good}, ("a slot is nobody's",)).ok
     assert not HealthReport({"a": good, "b": bad}).ok

@@ -13,7 +13,14 @@ from sqlalchemy.pool import NullPool
 
 from gateway.shards import content, execute, item, named, records, session_on, settings_at
 from ownership.mover import decide, fence, finish, move, pass_barrier, read_slot, release, uuid_of
-from shardgate import Gateway, GatewaySettings, OwnershipConflict, TenantRefused, metadata
+from shardgate import (
+    Gateway,
+    GatewaySettings,
+    OwnershipConflict,
+    ShardQuarantined,
+    TenantRefused,
+    metadata,
+)
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
@@ -320,7 +327,9 @@ async def test_databases_exchanged_under_an_open_gateway(moved: Moved) -> None:
                 tenant.list_sessions,
             ]
             for act in acts:
-                with pytest.raises(OwnershipConflict, match=r"shard '[ab]'.*URL"):
+                with pytest.raises(
+                    (OwnershipConflict, ShardQuarantined), match=r"shard '[ab]'.*URL"
+                ):
                     await act()
             assert [await content(url) for url in moved.urls.values()] == before
     finally:

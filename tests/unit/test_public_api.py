@@ -82,7 +82,7 @@ class GatewaySettings(BaseSettings)
     keyspace_of(tenant_id: str) -> str
     shards_of(keyspace: str) -> dict[str, ShardSettings]
 class HealthReport
-    __init__(shards: Mapping[str, ShardHealth]) -> None
+    __init__(shards: Mapping[str, ShardHealth], problems: tuple[str, ...] = ()) -> None
     ok: bool (property)
 class KeyspaceNotCreated(OperatorError)
     __init__(message: str, *, keyspace: str) -> None
@@ -129,8 +129,11 @@ class SettingsError(UsageError)
     __init__(problems: list[str]) -> None
 class ShardHealth
     __init__(name: str, keyspace: str, reachable: bool, server: str | None = None, latency: float
-        | None = None, slots: int | None = None, error: str | None = None) -> None
+        | None = None, slots: int | None = None, map_version: int | None = None, error: str | None
+        = None) -> None
     ok: bool (property)
+class ShardQuarantined(OperatorError)
+    __init__(message: str, *, shard: str) -> None
 class ShardSettings(BaseModel)
     url: SecretStr
     engine_kwargs: EngineOptions = {}

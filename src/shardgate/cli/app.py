@@ -110,9 +110,12 @@ def check(as_json: AsJson = False) -> None:
     report = _with_gateway(act)
     if as_json:
         shards = {name: asdict(shard) for name, shard in report.shards.items()}
-        sys.stdout.write(json.dumps({"ok": report.ok, "shards": shards}, indent=2) + "\n")
+        known = {"ok": report.ok, "shards": shards, "problems": report.problems}
+        sys.stdout.write(json.dumps(known, indent=2) + "\n")
     else:
         output.print(_health_table(report))
+        for problem in report.problems:
+            output.print(problem, style="red", markup=False, highlight=False)
     raise typer.Exit(0 if report.ok else 1)
 
 

@@ -84,6 +84,37 @@ class Outcome(Enum):
     """The newest row is not JSON, by the database's judgement."""
 
 
+_CLOCK_SECONDS = 2
+"""How exactly a server tells when it was started."""
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """Which run of which server a connection leads to: a restored copy cannot be the same run.
+
+    ``started`` is when it was started, in seconds of its own clock, where ``name`` does not say so.
+    ``standby``: it can only be read from so far.
+    """
+
+    name: str
+    started: float = 0
+    standby: bool = False
+
+    def is_same(self, other: Server) -> bool:
+        """Whether both are one run of one server."""
+        alike = (self.name, self.standby) == (other.name, other.standby)
+        return alike and abs(self.started - other.started) <= _CLOCK_SECONDS
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """What a new connection was asked: its server, and whether a statement by itself runs at READ
+    COMMITTED."""
+
+    server: Server
+    read_committed: bool = True
+
+
 LISTED_AT_SECONDS = 60
 """How coarse ``listed_at`` is: it follows ``updated_at`` at most once in this many seconds."""
 
@@ -168,9 +199,9 @@ class Dialect(ABC):
         """Whether ``error`` says that the connection is gone, where SQLAlchemy does not know it."""
         return False
 
-    async def admit(self, connection: Any) -> bool:
-        """Whether a single statement on this new connection runs at READ COMMITTED."""
-        return True
+    @abstractmethod
+    async def admit(self, connection: Any) -> Admission:
+        """Ask a new connection what there is to know before it is used, in one round trip."""
 
     def name(self, table: Table) -> str:
         """The table's name as SQL, quoted where needed, with its schema."""

@@ -16,12 +16,14 @@ import pymysql
 from shardgate.errors import UsageError
 from shardgate.sql.dialect import (
     LISTED_AT_SECONDS,
+    Admission,
     Dialect,
     Guard,
     Key,
     Operation,
     Outcome,
     Row,
+    Server,
     nbytes,
     one_line,
 )
@@ -99,6 +101,12 @@ _APPEND_ROW = """
         (tenant_id, session_id, seq, message_data, op_id, nbytes, created_at)
     SELECT %(tenant)s, %(session)s, @shardgate_next + %(place)s, %(data)s, %(op)s, %(size)s, {now}
     FROM DUAL WHERE @shardgate_new = 1
+"""
+
+# When the server was started is told to the second, by its own clock.
+_ADMIT = """
+    SELECT @@hostname, @@port, @@server_id, @@read_only, UNIX_TIMESTAMP();
+    SHOW GLOBAL STATUS LIKE 'Uptime'
 """
 
 # One SELECT is one snapshot. At SERIALIZABLE it would lock what it reads, hence the second line.
@@ -258,6 +266,11 @@ class MySQL(Dialect):
 
     def is_passing(self, error: BaseException) -> bool:
         return isinstance(error, pymysql.MySQLError) and error.args[0:1] in _PASSING
+
+    async def admit(self, connection: Any) -> Admission:
+        ((*name, standby, now),), ((_, uptime),) = await self._send(connection, _ADMIT)
+        started = float(now) - float(uptime)
+        return Admission(Server("/".join(map(str, name)), started, standby=bool(standby)))
 
     async def abandon(self, connection: Any) -> None:
         await connection.rollback()

@@ -19,12 +19,14 @@ import asyncpg
 from shardgate.items import MAX_DEPTH
 from shardgate.sql.dialect import (
     LISTED_AT_SECONDS,
+    Admission,
     Dialect,
     Guard,
     Key,
     Operation,
     Outcome,
     Row,
+    Server,
     nbytes,
     one_line,
 )
@@ -151,6 +153,12 @@ _CLEAR = """
     SELECT EXISTS (SELECT FROM guard), EXISTS (SELECT FROM op)
 """
 
+# To the microsecond: no two runs of servers were started at one moment.
+_ADMIT = """
+    SELECT current_setting('default_transaction_isolation'), pg_postmaster_start_time()::text,
+           pg_is_in_recovery()
+"""
+
 _CONTENTION = (
     asyncpg.SerializationError,
     asyncpg.DeadlockDetectedError,
@@ -253,9 +261,9 @@ class PostgreSQL(Dialect):
     def in_transaction(self, connection: Any) -> bool:
         return bool(connection.is_in_transaction())
 
-    async def admit(self, connection: Any) -> bool:
-        level = await connection.fetchval("SELECT current_setting('default_transaction_isolation')")
-        return bool(level == "read committed")
+    async def admit(self, connection: Any) -> Admission:
+        level, started, standby = await connection.fetchrow(_ADMIT)
+        return Admission(Server(started, standby=standby), level == "read committed")
 
 
 def _place(key: Key, guard: Guard | None) -> tuple[Any, ...]:

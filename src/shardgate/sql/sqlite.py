@@ -12,17 +12,20 @@ import json
 import sqlite3
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from shardgate.settling import settle
 from shardgate.sql.dialect import (
     LISTED_AT_SECONDS,
+    Admission,
     Dialect,
     Guard,
     Key,
     Operation,
     Outcome,
     Row,
+    Server,
     nbytes,
     one_line,
 )
@@ -155,6 +158,9 @@ class SQLite(Dialect):
     ) -> Outcome:
         return await _on_thread(connection, self._clear, key, guard, operation)
 
+    async def admit(self, connection: Any) -> Admission:
+        return await _on_thread(connection, _admission)
+
     def is_passing(self, error: BaseException) -> bool:
         return False
 
@@ -256,6 +262,16 @@ class SQLite(Dialect):
             return Outcome.REFUSED
         new = raw.execute(self.op_sql, values).rowcount == 1
         return Outcome.DONE if new else Outcome.REPEATED
+
+
+def _admission(connection: Any) -> Admission:
+    """The file that a connection has open, if it has one."""
+    databases = connection._conn.execute("PRAGMA database_list").fetchall()
+    path = next((path for _, name, path in databases if name == "main"), "")
+    if not path:
+        return Admission(Server("memory"))
+    found = Path(path).stat()
+    return Admission(Server(f"{found.st_dev}/{found.st_ino}"))
 
 
 async def _on_thread(connection: Any, act: Callable[..., T], *arguments: Any) -> T:

@@ -1,0 +1,218 @@
+"""Creating a keyspace on its shards.
+
+It is idempotent and may be run by many processes at once. One shard, one that holds slots already
+or else the first by name, decides: whoever writes the keyspace's identity and its slots there first
+has decided for everybody, and every other shard gets a copy of what it holds.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+from uuid import uuid4
+
+from sqlalchemy import func, insert, select
+
+from shardgate.agreement import contradictions, recorded_version
+from shardgate.errors import OutcomeUnknown, ShardUnavailable
+from shardgate.records import (
+    ELSEWHERE,
+    HASH,
+    OWNED,
+    Identity,
+    ShardRecord,
+    SlotRow,
+    bump_map,
+    is_taken,
+    lock_map,
+    publish,
+    read_identity,
+    read_rows,
+)
+from shardgate.settling import together
+from shardgate.slotmap import conflict, consult
+from shardgate.sql.schema import SCHEMA_VERSION
+from shardgate.sql.transactions import utc_now
+from shardgate.topology import assign
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+    from shardgate.agreement import Contradiction, Plan
+    from shardgate.shards import Shard
+    from shardgate.sql.schema import Tables
+
+_FIRST_EPOCH = 1
+
+
+async def create(plan: Plan, shards: Mapping[str, Shard]) -> None:
+    """Create the keyspace on all its shards, or what is still missing of it.
+
+    A shard that is new to an existing keyspace joins without slots. Nothing is written anywhere
+    until all shards have answered and none is refused.
+
+    Raises:
+        ShardUnavailable: a shard does not answer. Run it again; nothing is decided twice.
+        OwnershipConflict: a shard is of another keyspace, or has lost its record.
+    """
+    reading = await consult(plan, shards, seen={})
+    for unavailable in reading.down.values():
+        raise unavailable
+    _refuse(plan, reading.wrong)
+    found = reading.created
+    try:
+        await together(shard.ready(create=True, afresh=True) for shard in shards.values())
+        if not _is_complete(found, shards):
+            await _establish(plan, shards, found)
+    except OutcomeUnknown as error:
+        raise ShardUnavailable(
+            f"shard {error.shard!r} was lost while keyspace {plan.keyspace!r} was being created: "
+            "run it again",
+            shard=error.shard,
+        ) from error
+
+
+def _is_complete(found: Mapping[str, ShardRecord], shards: Mapping[str, Shard]) -> bool:
+    """Whether every shard has a record with all slots, and knows how far the others are."""
+    return found.keys() == shards.keys() and all(
+        record.rows
+        and shards.keys() - {name} <= {peer.name for peer in record.peers.values()}
+        and recorded_version(found, record.uuid) in (record.identity.map_version, 0)
+        for name, record in found.items()
+    )
+
+
+def _refuse(plan: Plan, wrong: Mapping[str, Contradiction]) -> None:
+    for contradiction in wrong.values():
+        raise conflict(plan, contradiction.reason)
+
+
+async def _establish(
+    plan: Plan, shards: Mapping[str, Shard], found: Mapping[str, ShardRecord]
+) -> None:
+    """Found what is missing. A shard that holds slots decides, whatever the others are called."""
+    anchor = min([name for name in found if found[name].rows] or shards)
+    keyspaces = [record.identity.keyspace_uuid for record in found.values()]
+    founder = await _found(plan, shards[anchor], *(keyspaces[:1] or [str(uuid4())]))
+    others = [name for name in sorted(shards) if name != anchor]
+    joined = await together(_found(plan, shards[name], founder.keyspace_uuid) for name in others)
+    identities = {anchor: founder, **dict(zip(others, joined, strict=True))}
+    _refuse(
+        plan, contradictions(plan, {name: ShardRecord(identities[name], {}) for name in shards})
+    )
+    rows = await _first_rows(plan, shards[anchor], identities)
+    await together(_copy_rows(shards[name], rows, identities[name].shard_uuid) for name in others)
+    introduced = await together(_introduce(shards[name], identities) for name in shards)
+    await publish(shards, dict(zip(shards, introduced, strict=True)))
+
+
+async def _found(plan: Plan, shard: Shard, keyspace_uuid: str) -> Identity:
+    """Give the shard an identity, unless it has one; the one that it has in the end."""
+
+    async def act(connection: AsyncConnection) -> Identity | None:
+        known = await read_identity(connection, shard.tables)
+        if known is None:
+            await connection.execute(insert(shard.tables.shard).values(**values))
+        return known or await read_identity(connection, shard.tables)
+
+    values = {
+        "one": 1,
+        "shard_uuid": str(uuid4()),
+        "name": shard.name,
+        "keyspace": plan.keyspace,
+        "keyspace_uuid": keyspace_uuid,
+        "slots": plan.slots,
+        "spread": plan.spread,
+        "hash": HASH,
+        "schema_version": SCHEMA_VERSION,
+        "map_version": 1,
+        "created_at": utc_now(),
+    }
+    try:
+        identity = await shard.tell(act)
+    except Exception as error:
+        if not is_taken(error):
+            raise
+        identity = await shard.tell(act)  # somebody else was first, and has committed
+    if identity is None:
+        raise conflict(plan, f"shard {shard.name!r} has lost its identity while it was created")
+    return identity
+
+
+async def _first_rows(
+    plan: Plan, shard: Shard, identities: Mapping[str, Identity]
+) -> tuple[SlotRow, ...]:
+    """The slots as the deciding shard has them; assigned now if it has none."""
+
+    async def act(connection: AsyncConnection) -> tuple[SlotRow, ...]:
+        await lock_map(connection, shard.tables)
+        known = await read_rows(connection, shard.tables)
+        if known:
+            return known
+        owners = assign(plan.slots, plan.weights)
+        rows = tuple(
+            SlotRow(slot, identities[owner].shard_uuid, OWNED, _FIRST_EPOCH)
+            for slot, owner in enumerate(owners)
+        )
+        await _insert_rows(connection, shard.tables, rows, own)
+        return rows
+
+    own = identities[shard.name].shard_uuid
+    return await shard.tell(act)
+
+
+async def _copy_rows(shard: Shard, rows: tuple[SlotRow, ...], own: str) -> None:
+    async def act(connection: AsyncConnection) -> None:
+        await lock_map(connection, shard.tables)
+        count = select(func.count()).select_from(shard.tables.slots)
+        if not (await connection.execute(count)).scalar_one():
+            await _insert_rows(connection, shard.tables, rows, own)
+
+    await shard.tell(act)
+
+
+async def _insert_rows(
+    connection: AsyncConnection, tables: Tables, rows: tuple[SlotRow, ...], own: str
+) -> None:
+    """Insert the rows as the shard ``own`` has them: those about others are hints."""
+    await connection.execute(
+        insert(tables.slots),
+        [
+            {
+                "slot": row.slot,
+                "owner": row.owner,
+                "state": OWNED if row.owner == own else ELSEWHERE,
+                "epoch": row.epoch,
+            }
+            for row in rows
+        ],
+    )
+
+
+async def _introduce(shard: Shard, identities: Mapping[str, Identity]) -> Identity:
+    """Record the peers that this shard does not know yet; its identity after that."""
+
+    async def act(connection: AsyncConnection) -> Identity:
+        await lock_map(connection, shard.tables)
+        peers = shard.tables.peers
+        known = set((await connection.execute(select(peers.c.shard_uuid))).scalars())
+        strangers = {
+            name: identity
+            for name, identity in identities.items()
+            if name != shard.name and identity.shard_uuid not in known
+        }
+        for name, identity in strangers.items():
+            await connection.execute(
+                insert(peers).values(
+                    shard_uuid=identity.shard_uuid,
+                    name=name,
+                    map_version=identity.map_version,
+                    updated_at=utc_now(),
+                )
+            )
+        if strangers:
+            await bump_map(connection, shard.tables)
+        return await read_identity(connection, shard.tables) or identities[shard.name]
+
+    return await shard.tell(act)

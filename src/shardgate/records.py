@@ -1,0 +1,252 @@
+"""What the shards' own tables say of themselves: identity, peers, slots, tenants.
+
+Every shard holds a row for each slot. A shard's rows about the slots that it owns are authority,
+the others are hints, used for shards that cannot be asked. Ownership is by the shard's UUID; a name
+is what the settings call the shard that answers with this UUID.
+
+Nothing here judges what it reads: see ``agreement``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+from sqlalchemy import and_, insert, inspect, select, update
+from sqlalchemy.exc import IntegrityError
+
+from shardgate.settling import together
+from shardgate.shards import ask_all
+from shardgate.sql.transactions import utc_now
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+    from shardgate.errors import ShardgateError
+    from shardgate.shards import Shard
+    from shardgate.sql.schema import Tables
+
+HASH = "mmh3-x64-128-low64/1"
+"""How ``h`` is made; a keyspace made in another way must not be written to."""
+
+OWNED, DRAINING, ELSEWHERE = "owned", "draining", "elsewhere"
+"""A slot's states in a shard's record: owned or draining are claims, elsewhere is a hint."""
+ADMITTED = "admitted"
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Who a shard is, by its own record."""
+
+    shard_uuid: str
+    name: str
+    keyspace: str
+    keyspace_uuid: str
+    slots: int
+    spread: int | None
+    hash: str
+    schema_version: int
+    map_version: int
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """What a shard knows of another one: its name, and how far its slot map has come at least."""
+
+    name: str
+    map_version: int
+
+
+@dataclass(frozen=True, slots=True)
+class SlotRow:
+    """What a shard's record says about one slot."""
+
+    slot: int
+    owner: str
+    state: str
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class ShardRecord:
+    """All that a shard knows: of itself, of its peers (by UUID), and of every slot.
+
+    ``rows`` are missing where only the rest was asked for.
+    """
+
+    identity: Identity
+    peers: Mapping[str, Peer]
+    rows: tuple[SlotRow, ...] = ()
+
+    @property
+    def uuid(self) -> str:
+        """The shard's UUID."""
+        return self.identity.shard_uuid
+
+
+async def read_record(
+    shard: Shard, *, rows: bool = True, probing: bool = False
+) -> ShardRecord | None:
+    """A shard's record; None where no keyspace has been created on it yet.
+
+    ``rows``: with those of all slots. ``probing``: even while the shard counts as down.
+    """
+    return await shard.ask(
+        lambda connection: _read(connection, shard.tables, rows=rows), probing=probing
+    )
+
+
+async def _read(connection: AsyncConnection, tables: Tables, *, rows: bool) -> ShardRecord | None:
+    schema = tables.metadata.schema
+    if not await connection.run_sync(
+        lambda sync: inspect(sync).has_table(tables.shard.name, schema=schema)
+    ):
+        return None
+    identity = await read_identity(connection, tables)
+    if identity is None:
+        return None
+    columns = (tables.peers.c.shard_uuid, tables.peers.c.name, tables.peers.c.map_version)
+    peers = await connection.execute(select(*columns))
+    return ShardRecord(
+        identity=identity,
+        peers={uuid: Peer(name, version) for uuid, name, version in peers},
+        rows=await read_rows(connection, tables) if rows else (),
+    )
+
+
+async def read_identity(connection: AsyncConnection, tables: Tables) -> Identity | None:
+    """Who the shard is; None where nobody has told it."""
+    columns = [tables.shard.c[field] for field in Identity.__dataclass_fields__]
+    row = (await connection.execute(select(*columns))).one_or_none()
+    return None if row is None else Identity(*row)
+
+
+async def read_rows(connection: AsyncConnection, tables: Tables) -> tuple[SlotRow, ...]:
+    """What the shard says of every slot, in order."""
+    columns = [tables.slots.c[field] for field in SlotRow.__dataclass_fields__]
+    rows = await connection.execute(select(*columns).order_by(tables.slots.c.slot))
+    return tuple(SlotRow(*row) for row in rows)
+
+
+async def read_records(
+    shards: Mapping[str, Shard],
+) -> tuple[dict[str, ShardRecord | None], dict[str, ShardgateError]]:
+    """All shards' records, asked at the same time, and the shards that did not answer."""
+    return await ask_all({name: read_record(shard) for name, shard in shards.items()})
+
+
+async def lock_map(connection: AsyncConnection, tables: Tables) -> None:
+    """Lock the shard's identity row: whoever changes the map here holds it."""
+    await connection.execute(update(tables.shard).values(map_version=tables.shard.c.map_version))
+
+
+async def bump_map(connection: AsyncConnection, tables: Tables) -> None:
+    """Say that the slot map has changed: whoever remembers it has to read it again."""
+    version = tables.shard.c.map_version
+    await connection.execute(update(tables.shard).values(map_version=version + 1))
+
+
+async def publish(shards: Mapping[str, Shard], identities: Mapping[str, Identity]) -> None:
+    """Have each of ``shards`` record how far the slot maps of its peers have come.
+
+    To be called after a change was committed on the shard itself: its record may be ahead of what
+    its peers know, never behind. This is how a copy from before the change is found out.
+    """
+    await together(
+        shard.tell(partial(_publish, tables=shard.tables, identities=identities))
+        for shard in shards.values()
+    )
+
+
+async def _publish(
+    connection: AsyncConnection, *, tables: Tables, identities: Mapping[str, Identity]
+) -> None:
+    await lock_map(connection, tables)
+    peers = tables.peers
+    for identity in identities.values():
+        await connection.execute(
+            update(peers)
+            .where(
+                peers.c.shard_uuid == identity.shard_uuid,
+                peers.c.map_version < identity.map_version,
+            )
+            .values(map_version=identity.map_version, updated_at=utc_now())
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """What a shard says of itself, of one slot and of one tenant: why a guard has failed there."""
+
+    shard_uuid: str | None
+    slot: SlotRow | None
+    tenant: str | None
+
+
+async def standing(shard: Shard, slot: int, tenant_id: str) -> Standing:
+    """Ask a shard for its standing."""
+
+    async def act(connection: AsyncConnection) -> Standing:
+        tables = shard.tables
+        identity = await connection.execute(select(tables.shard.c.shard_uuid))
+        columns = [tables.slots.c[field] for field in SlotRow.__dataclass_fields__]
+        row = (
+            await connection.execute(select(*columns).where(tables.slots.c.slot == slot))
+        ).one_or_none()
+        tenant = await connection.execute(
+            select(tables.tenants.c.status).where(tables.tenants.c.tenant_id == tenant_id)
+        )
+        return Standing(
+            shard_uuid=identity.scalar_one_or_none(),
+            slot=None if row is None else SlotRow(*row),
+            tenant=tenant.scalar_one_or_none(),
+        )
+
+    return await shard.ask(act)
+
+
+async def owned_slots(shard: Shard) -> tuple[int, frozenset[int]]:
+    """The slots that a shard owns, with the version of its slot map that they belong to."""
+
+    async def act(connection: AsyncConnection) -> tuple[int, frozenset[int]]:
+        tables = shard.tables
+        rows = await connection.execute(
+            select(tables.shard.c.map_version, tables.slots.c.slot).select_from(
+                tables.shard.outerjoin(
+                    tables.slots,
+                    and_(
+                        tables.slots.c.owner == tables.shard.c.shard_uuid,
+                        tables.slots.c.state == OWNED,
+                    ),
+                )
+            )
+        )
+        found = rows.all()
+        return found[0][0], frozenset(slot for _, slot in found if slot is not None)
+
+    return await shard.query(act)
+
+
+async def admit(shard: Shard, tenant_id: str) -> None:
+    """Write the tenant's row on a shard, if there is none: an absent row cannot be locked."""
+
+    async def act(connection: AsyncConnection) -> None:
+        await connection.execute(
+            insert(shard.tables.tenants).values(
+                tenant_id=tenant_id, status=ADMITTED, created_at=utc_now(), updated_at=utc_now()
+            )
+        )
+
+    try:
+        await shard.transact(act)
+    except Exception as error:
+        if not is_taken(error):
+            raise
+
+
+def is_taken(error: Exception) -> bool:
+    """Whether somebody else has inserted the row first."""
+    return isinstance(error, IntegrityError) or isinstance(error.__cause__, IntegrityError)
