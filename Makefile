@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 OLDEST := .venv-oldest
+BENCH := .venv-bench
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_ROOT_USER_ACTION := ignore
@@ -12,7 +13,7 @@ OLDEST_AGENTS = import re, tomllib; \
 	extras = tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]; \
 	print(re.sub(r">=([^,]+).*", r"==\1", extras["agents"][0]))
 
-.PHONY: demo test check soak test-oldest clean
+.PHONY: demo test check soak test-oldest bench clean
 
 demo: $(VENV)/.stamp  ## tenants, shards and a real Runner, without a network
 	$(RUN) -m shardgate.testing.demo
@@ -35,14 +36,18 @@ soak: $(VENV)/.stamp  ## the long tests only
 test-oldest: $(OLDEST)/.stamp  ## the SDK tests on the oldest openai-agents that we support
 	$(OLDEST)/bin/python -m pytest tests/agents -k sqlite
 
+bench: $(BENCH)/.stamp  ## beside every peer, in about 10 minutes; ARGS="--quick" in 90 seconds
+	PYTHONPATH=tests $(BENCH)/bin/python -m benchmarks $(ARGS)
+
 clean:
-	rm -rf $(VENV) $(OLDEST)
+	rm -rf $(VENV) $(OLDEST) $(BENCH)
 
 # pip knows dependency groups since 25.1. Quiet, except for what goes wrong.
 %/.stamp: pyproject.toml
 	$(PYTHON) -m venv $*
 	echo '*' > $*/.gitignore
 	$*/bin/python -m pip install --quiet --upgrade 'pip>=25.1'
-	$*/bin/python -m pip install --quiet --editable '.[agents,cli]' --group dev \
+	$*/bin/python -m pip install --quiet --editable '.[agents,cli]' \
+		--group $(if $(filter $(BENCH),$*),bench,dev) \
 		$(if $(filter $(OLDEST),$*),"$$($*/bin/python -c '$(OLDEST_AGENTS)')")
 	touch $@

@@ -1,0 +1,1 @@
+"""The benchmark: ``make bench``; what is measured and how is in README.md beside this."""

@@ -1,0 +1,1 @@
+"""Everybody who is measured, each behind the same small interface."""

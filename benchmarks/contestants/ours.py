@@ -1,0 +1,85 @@
+"""Shardgate: through the gateway, and stand-alone."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from benchmarks.contestants.base import Contestant, Session, engine_options
+from benchmarks.contestants.bulk import BULK, load_shardgate
+from shardgate import Gateway, GatewaySettings, SQLAlchemySession
+
+if TYPE_CHECKING:
+    from benchmarks.contestants.base import Name, Stage
+
+DURABLE = "the server's: each append is on disk before it returns"
+
+
+def settings_at(urls: dict[str, str], connections: int) -> GatewaySettings:
+    """Settings for shards at these URLs; the connections are shared out among them."""
+    return GatewaySettings.from_dict(
+        {
+            "shards": {name: {"url": url} for name, url in urls.items()},
+            "keyspaces": {"main": {}},
+            "operation_deadline": 600,
+            "engine_kwargs": engine_options(max(1, connections // len(urls))),
+        }
+    )
+
+
+class ThroughGateway(Contestant):
+    """``gateway.tenant(...).session(...)``."""
+
+    key: ClassVar[str] = "gateway"
+    title: ClassVar[str] = "shardgate, gateway"
+    durability: ClassVar[str] = DURABLE
+
+    def __init__(self, stage: Stage, *, shards: int = 1, servers: int = 1) -> None:
+        super().__init__(stage)
+        self._shards = shards
+        self._servers = servers
+
+    async def open(self) -> None:
+        urls, new = {}, False
+        for number in range(self._shards):
+            label = "shardgate" if self._shards == 1 else f"shardgate-{number}-of-{self._shards}"
+            url, new = await self.stage.database(label, server=number % self._servers)
+            urls[f"shard_{number:03d}"] = url
+        self.gateway = Gateway(settings_at(urls, self.connections))
+        await self.gateway.create_tables()
+        if new:
+            await self._fill(urls)
+
+    async def _fill(self, urls: dict[str, str]) -> None:
+        if len(self.names) < BULK:
+            await self.load()
+        else:
+            await load_shardgate(self.gateway, urls, self.names, self.stage.history)
+
+    def session(self, name: Name) -> Session:
+        return self.gateway.tenant(name.tenant).session(name.session)
+
+    async def close(self) -> None:
+        await self.gateway.aclose()
+
+
+class StandAlone(Contestant):
+    """``SQLAlchemySession``, a new one for each exchange, on one engine."""
+
+    key: ClassVar[str] = "standalone"
+    title: ClassVar[str] = "shardgate, stand-alone"
+    durability: ClassVar[str] = DURABLE
+
+    async def open(self) -> None:
+        url, new = await self.stage.database("standalone")
+        options = engine_options(self.connections)
+        self._source: dict[str, Any] = {"url": url, "engine_kwargs": options}
+        first = SQLAlchemySession.from_url("first", create_tables=True, **self._source)
+        await first.get_items(1)
+        if new:
+            await self.load()
+
+    def session(self, name: Name) -> Session:
+        return SQLAlchemySession.from_url(name.text, **self._source)
+
+    async def close(self) -> None:
+        await SQLAlchemySession.from_url("first", **self._source).aclose()

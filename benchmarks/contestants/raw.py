@@ -1,0 +1,198 @@
+"""The floor: the drivers themselves, sending our own guarded statements on held connections.
+
+They do an exchange's whole work, from items to items: JSON is written and read, op ids are made.
+They know beforehand where each session lives. They do not wait out an outage, send nothing again,
+and do not notice that a session has moved.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import secrets
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+from uuid import uuid4
+
+import aiomysql  # type: ignore[import-untyped]  # it has no types
+import asyncpg
+from sqlalchemy import text
+from sqlalchemy.engine import make_url
+
+from benchmarks.contestants.base import Contestant, Session
+from benchmarks.contestants.ours import DURABLE, ThroughGateway
+from benchmarks.servers import driver_url
+from shardgate.engines import make_engine
+from shardgate.sql.dialect import Guard, Key, Operation
+from shardgate.sql.mysql import MySQL
+from shardgate.sql.postgresql import PostgreSQL
+from shardgate.sql.schema import TableNames, build_tables
+
+if TYPE_CHECKING:
+    from benchmarks.contestants.base import Name, Stage
+    from shardgate import Gateway
+
+_PREFIX = "shardgate_"
+
+
+@dataclass(frozen=True, slots=True)
+class Spot:
+    """Where a session lives: its key and its guard."""
+
+    key: Key
+    guard: Guard
+
+
+class Raw(Contestant):
+    """What both drivers share: the gateway's tables, and a shelf of connections."""
+
+    durability: ClassVar[str] = DURABLE
+
+    def __init__(self, stage: Stage) -> None:
+        super().__init__(stage)
+        self.shelf: asyncio.LifoQueue[Any] = asyncio.LifoQueue()
+        self.spots: dict[Name, Spot] = {}
+
+    async def open(self) -> None:
+        gateway = ThroughGateway(self.stage)
+        await gateway.open()  # makes and fills the tables, unless they are there
+        try:
+            owner = await _owner(gateway.gateway)
+            self.spots = {name: _spot(gateway.gateway, name, owner) for name in self.names}
+        finally:
+            await gateway.close()
+        url, _ = await self.stage.database("shardgate")
+        self.prepare(url)
+        for _ in range(self.connections):
+            self.shelf.put_nowait(await self.connect(url))
+
+    def prepare(self, url: str) -> None:
+        """Write the statements."""
+        raise NotImplementedError
+
+    async def connect(self, url: str) -> Any:
+        """A connection of the driver's own."""
+        raise NotImplementedError
+
+
+async def _owner(gateway: Gateway) -> str:
+    (shard,) = gateway.shards.values()
+    async with shard.engine.connect() as connection:
+        return str(await connection.scalar(text(f"SELECT shard_uuid FROM {_PREFIX}shard")))  # noqa: S608 - a constant
+
+
+def _spot(gateway: Gateway, name: Name, owner: str) -> Spot:
+    where = gateway.route(name.tenant, name.session)
+    return Spot(Key(name.tenant, name.session, where.h), Guard(where.slot, owner))
+
+
+def _tables() -> Any:
+    return build_tables(TableNames.gateway(_PREFIX))
+
+
+class RawPostgreSQL(Raw):
+    """asyncpg."""
+
+    key: ClassVar[str] = "raw"
+    title: ClassVar[str] = "raw asyncpg, our statement"
+
+    def prepare(self, url: str) -> None:
+        dialect = PostgreSQL(_tables(), make_engine(url, {}).dialect)
+        self.tail_sql, self.append_sql = dialect.tail_sql, dialect.append_sql
+
+    async def connect(self, url: str) -> Any:
+        return await asyncpg.connect(driver_url(url))
+
+    def session(self, name: Name) -> Session:
+        return AsyncpgSession(self, self.spots[name])
+
+    async def close(self) -> None:
+        while not self.shelf.empty():
+            await self.shelf.get_nowait().close()
+
+
+@dataclass(frozen=True, slots=True)
+class AsyncpgSession:
+    """One statement for each operation."""
+
+    raw: RawPostgreSQL
+    spot: Spot
+
+    async def get_items(self, limit: int | None = None) -> list[Any]:
+        key, guard = self.spot.key, self.spot.guard
+        place = (key.tenant_id, key.session_id, guard.slot, guard.owner)
+        connection = await self.raw.shelf.get()
+        try:
+            rows = await connection.fetch(self.raw.tail_sql, *place, limit)
+        finally:
+            self.raw.shelf.put_nowait(connection)
+        return [json.loads(data) for _, seq, data in reversed(rows) if seq is not None]
+
+    async def add_items(self, items: list[Any]) -> None:
+        key, guard = self.spot.key, self.spot.guard
+        place = (key.tenant_id, key.session_id, guard.slot, guard.owner, key.h)
+        data = [json.dumps(item, separators=(",", ":")) for item in items]
+        values = (uuid4().hex, None, secrets.randbits(63), data, list(map(len, data)))
+        connection = await self.raw.shelf.get()
+        try:
+            here, new = await connection.fetchrow(self.raw.append_sql, *place, *values)
+        finally:
+            self.raw.shelf.put_nowait(connection)
+        if not (here and new):
+            raise LookupError("the guard refused a session that lives here")
+
+
+class RawMariaDB(Raw):
+    """aiomysql. The packet is written by our dialect: nobody else could write it faster."""
+
+    key: ClassVar[str] = "raw"
+    title: ClassVar[str] = "raw aiomysql, our packet"
+
+    def prepare(self, url: str) -> None:
+        self.dialect = MySQL(_tables(), make_engine(url, {}).dialect)
+
+    async def connect(self, url: str) -> Any:
+        place = make_url(url)
+        return await aiomysql.connect(
+            host=place.host,
+            port=place.port,
+            user=place.username,
+            password=place.password,
+            db=place.database,
+            charset="utf8mb4",
+            autocommit=True,
+        )
+
+    def session(self, name: Name) -> Session:
+        return AiomysqlSession(self, self.spots[name])
+
+    async def close(self) -> None:
+        while not self.shelf.empty():
+            await self.shelf.get_nowait().ensure_closed()
+
+
+@dataclass(frozen=True, slots=True)
+class AiomysqlSession:
+    """One packet for each operation."""
+
+    raw: RawMariaDB
+    spot: Spot
+
+    async def get_items(self, limit: int | None = None) -> list[Any]:
+        connection = await self.raw.shelf.get()
+        try:
+            tail = self.raw.dialect.tail
+            rows = await tail(connection, self.spot.key, self.spot.guard, limit)
+        finally:
+            self.raw.shelf.put_nowait(connection)
+        return [json.loads(row.data) for row in reversed(rows or [])]
+
+    async def add_items(self, items: list[Any]) -> None:
+        data = [json.dumps(item, separators=(",", ":")) for item in items]
+        operation, incarnation = Operation(uuid4().hex, "append"), secrets.randbits(63)
+        connection = await self.raw.shelf.get()
+        try:
+            append, spot = self.raw.dialect.append, self.spot
+            await append(connection, spot.key, spot.guard, operation, data, incarnation)
+        finally:
+            self.raw.shelf.put_nowait(connection)

@@ -1,0 +1,28 @@
+"""The figures of a slice that tables, targets and charts are made of."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from benchmarks.load import Slice
+
+
+def rate(found: Slice) -> float:
+    """Exchanges per second."""
+    return found.rate
+
+
+def p50(found: Slice) -> float:
+    """Milliseconds."""
+    return found.p50 * 1e3
+
+
+def p99(found: Slice) -> float:
+    """Milliseconds."""
+    return found.p99 * 1e3
+
+
+def cpu(found: Slice) -> float:
+    """Microseconds of the callers' process for one exchange."""
+    return found.cpu_each * 1e6

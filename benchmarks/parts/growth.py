@@ -1,0 +1,91 @@
+"""What an exchange costs as histories, sessions and shards grow."""
+
+from __future__ import annotations
+
+from contextlib import AsyncExitStack
+from typing import TYPE_CHECKING
+
+from benchmarks.contestants.adk import ADK
+from benchmarks.contestants.base import Contestant, Stage
+from benchmarks.contestants.langgraph import LangGraph
+from benchmarks.contestants.ours import ThroughGateway
+from benchmarks.contestants.raw import RawPostgreSQL
+from benchmarks.contestants.sdk import SDKSQLAlchemy, SDKSQLAlchemyKept
+from benchmarks.rounds import Cell, run_rounds
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from benchmarks.parts.cast import Run
+    from benchmarks.servers import Servers
+
+AGAINST_HISTORY = (ThroughGateway, RawPostgreSQL, SDKSQLAlchemyKept, ADK, LangGraph)
+AGAINST_SESSIONS = (ThroughGateway, RawPostgreSQL, SDKSQLAlchemy)
+_ITEMS = 40_000
+"""About how many items all histories have together, so that none grows much by the run itself."""
+_FEWEST, _MOST = 8, 1_000
+_SHARD_CALLERS = (1, 32)
+_STAGE_CONNECTIONS = 8
+"""Stages of several sizes are open at the same time, and their callers are few."""
+
+
+async def against_history(run: Run, servers: Servers) -> None:
+    """One caller; sessions of so many items at the start."""
+    stages = {
+        f"{history}": Stage(
+            servers=servers,
+            connections=_STAGE_CONNECTIONS,
+            history=history,
+            sessions=max(_FEWEST, min(_MOST, _ITEMS // history)),
+        )
+        for history in run.options.histories
+    }
+    await _compare(run, "history", AGAINST_HISTORY, stages, callers=1)
+
+
+async def against_sessions(run: Run, servers: Servers) -> None:
+    """Eight callers; so many sessions of twenty items."""
+    stages = {
+        f"{sessions}": Stage(
+            servers=servers,
+            connections=_STAGE_CONNECTIONS,
+            sessions=sessions,
+        )
+        for sessions in run.options.sessions
+    }
+    await _compare(run, "sessions", AGAINST_SESSIONS, stages, callers=_STAGE_CONNECTIONS)
+
+
+async def _compare(
+    run: Run,
+    part: str,
+    kinds: Iterable[type[Contestant]],
+    stages: dict[str, Stage],
+    *,
+    callers: int,
+) -> None:
+    async with AsyncExitStack() as stack:
+        cells = []
+        for label, stage in stages.items():
+            ready = await stack.enter_async_context(run.cast(part, tuple(kinds), stage))
+            cells += [
+                Cell(contestant=contestant, callers=callers, label=label) for contestant in ready
+            ]
+        run.results.slices += await run_rounds(part, cells, run.options, run.say)
+
+
+async def against_shards(run: Run, servers: Servers) -> None:
+    """The gateway over so many databases; all its connections together are as many each time."""
+    options = run.options
+    async with AsyncExitStack() as stack:
+        cells = []
+        for shards in options.shards:
+            stage = Stage(servers=servers, connections=options.connections)
+            gateway = ThroughGateway(stage, shards=shards, servers=options.servers)
+            opened = run.opened("shards", [gateway], stage)
+            cells += [
+                Cell(contestant=contestant, callers=callers, label=f"{shards}")
+                for contestant in await stack.enter_async_context(opened)
+                for callers in _SHARD_CALLERS
+            ]
+        run.results.slices += await run_rounds("shards", cells, options, run.say)
