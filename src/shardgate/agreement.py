@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
     from shardgate.records import Identity, ShardRecord
+    from shardgate.settings import GatewaySettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +34,13 @@ class Plan:
     slots: int
     spread: int | None
     weights: Mapping[str, float]
+
+    @classmethod
+    def of(cls, settings: GatewaySettings, keyspace: str) -> Plan:
+        """What these settings want; raises UsageError for an unknown keyspace."""
+        shape = settings.keyspace(keyspace)
+        weights = {name: shard.weight for name, shard in settings.shards_of(keyspace).items()}
+        return cls(keyspace, shape.slots, shape.spread, weights)
 
 
 @dataclass(frozen=True, slots=True)

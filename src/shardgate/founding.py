@@ -7,6 +7,7 @@ has decided for everybody, and every other shard gets a copy of what it holds.
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
@@ -35,7 +36,7 @@ from shardgate.sql.transactions import utc_now
 from shardgate.topology import assign
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -60,11 +61,11 @@ async def create(plan: Plan, shards: Mapping[str, Shard]) -> None:
     for unavailable in reading.down.values():
         raise unavailable
     _refuse(plan, reading.wrong)
-    found = reading.created
+    records = reading.created
     try:
         await together(shard.ready(create=True, afresh=True) for shard in shards.values())
-        if not _is_complete(found, shards):
-            await _establish(plan, shards, found)
+        if not _is_complete(records, shards):
+            await _establish(plan, shards, records)
     except OutcomeUnknown as error:
         raise ShardUnavailable(
             f"shard {error.shard!r} was lost while keyspace {plan.keyspace!r} was being created: "
@@ -73,13 +74,13 @@ async def create(plan: Plan, shards: Mapping[str, Shard]) -> None:
         ) from error
 
 
-def _is_complete(found: Mapping[str, ShardRecord], shards: Mapping[str, Shard]) -> bool:
+def _is_complete(records: Mapping[str, ShardRecord], shards: Mapping[str, Shard]) -> bool:
     """Whether every shard has a record with all slots, and knows how far the others are."""
-    return found.keys() == shards.keys() and all(
+    return records.keys() == shards.keys() and all(
         record.rows
         and shards.keys() - {name} <= {peer.name for peer in record.peers.values()}
-        and recorded_version(found, record.uuid) in (record.identity.map_version, 0)
-        for name, record in found.items()
+        and recorded_version(records, record.uuid) in (record.identity.map_version, 0)
+        for name, record in records.items()
     )
 
 
@@ -89,55 +90,66 @@ def _refuse(plan: Plan, wrong: Mapping[str, Contradiction]) -> None:
 
 
 async def _establish(
-    plan: Plan, shards: Mapping[str, Shard], found: Mapping[str, ShardRecord]
+    plan: Plan, shards: Mapping[str, Shard], records: Mapping[str, ShardRecord]
 ) -> None:
     """Found what is missing. A shard that holds slots decides, whatever the others are called."""
-    anchor = min([name for name in found if found[name].rows] or shards)
-    keyspaces = [record.identity.keyspace_uuid for record in found.values()]
-    founder = await _found(plan, shards[anchor], *(keyspaces[:1] or [str(uuid4())]))
+    anchor = min([name for name in records if records[name].rows] or shards)
+    keyspaces = [record.identity.keyspace_uuid for record in records.values()]
+    keyspace = keyspaces[0] if keyspaces else str(uuid4())
+    founder = await found(plan, shards[anchor], new_identity(plan, anchor, keyspace, str(uuid4())))
     others = [name for name in sorted(shards) if name != anchor]
-    joined = await together(_found(plan, shards[name], founder.keyspace_uuid) for name in others)
+    joined = await together(
+        found(
+            plan,
+            shards[name],
+            new_identity(plan, name, founder.keyspace_uuid, str(uuid4())),
+        )
+        for name in others
+    )
     identities = {anchor: founder, **dict(zip(others, joined, strict=True))}
     _refuse(
         plan, contradictions(plan, {name: ShardRecord(identities[name], {}) for name in shards})
     )
     rows = await _first_rows(plan, shards[anchor], identities)
     await together(_copy_rows(shards[name], rows, identities[name].shard_uuid) for name in others)
-    introduced = await together(_introduce(shards[name], identities) for name in shards)
+    introduced = await together(introduce(shards[name], identities) for name in shards)
     await publish(shards, dict(zip(shards, introduced, strict=True)))
 
 
-async def _found(plan: Plan, shard: Shard, keyspace_uuid: str) -> Identity:
+def new_identity(plan: Plan, name: str, keyspace_uuid: str, shard_uuid: str) -> Identity:
+    """Who a shard of this keyspace is at first."""
+    return Identity(
+        shard_uuid=shard_uuid,
+        name=name,
+        keyspace=plan.keyspace,
+        keyspace_uuid=keyspace_uuid,
+        slots=plan.slots,
+        spread=plan.spread,
+        hash=HASH,
+        schema_version=SCHEMA_VERSION,
+        map_version=1,
+    )
+
+
+async def found(plan: Plan, shard: Shard, identity: Identity) -> Identity:
     """Give the shard an identity, unless it has one; the one that it has in the end."""
 
     async def act(connection: AsyncConnection) -> Identity | None:
         known = await read_identity(connection, shard.tables)
         if known is None:
+            values = asdict(identity) | {"one": 1, "created_at": utc_now()}
             await connection.execute(insert(shard.tables.shard).values(**values))
         return known or await read_identity(connection, shard.tables)
 
-    values = {
-        "one": 1,
-        "shard_uuid": str(uuid4()),
-        "name": shard.name,
-        "keyspace": plan.keyspace,
-        "keyspace_uuid": keyspace_uuid,
-        "slots": plan.slots,
-        "spread": plan.spread,
-        "hash": HASH,
-        "schema_version": SCHEMA_VERSION,
-        "map_version": 1,
-        "created_at": utc_now(),
-    }
     try:
-        identity = await shard.tell(act)
+        known = await shard.tell(act)
     except Exception as error:
         if not is_taken(error):
             raise
-        identity = await shard.tell(act)  # somebody else was first, and has committed
-    if identity is None:
+        known = await shard.tell(act)  # somebody else was first, and has committed
+    if known is None:
         raise conflict(plan, f"shard {shard.name!r} has lost its identity while it was created")
-    return identity
+    return known
 
 
 async def _first_rows(
@@ -155,7 +167,7 @@ async def _first_rows(
             SlotRow(slot, identities[owner].shard_uuid, OWNED, _FIRST_EPOCH)
             for slot, owner in enumerate(owners)
         )
-        await _insert_rows(connection, shard.tables, rows, own)
+        await insert_rows(connection, shard.tables, rows, own)
         return rows
 
     own = identities[shard.name].shard_uuid
@@ -167,13 +179,13 @@ async def _copy_rows(shard: Shard, rows: tuple[SlotRow, ...], own: str) -> None:
         await lock_map(connection, shard.tables)
         count = select(func.count()).select_from(shard.tables.slots)
         if not (await connection.execute(count)).scalar_one():
-            await _insert_rows(connection, shard.tables, rows, own)
+            await insert_rows(connection, shard.tables, rows, own)
 
     await shard.tell(act)
 
 
-async def _insert_rows(
-    connection: AsyncConnection, tables: Tables, rows: tuple[SlotRow, ...], own: str
+async def insert_rows(
+    connection: AsyncConnection, tables: Tables, rows: Sequence[SlotRow], own: str
 ) -> None:
     """Insert the rows as the shard ``own`` has them: those about others are hints."""
     await connection.execute(
@@ -190,7 +202,7 @@ async def _insert_rows(
     )
 
 
-async def _introduce(shard: Shard, identities: Mapping[str, Identity]) -> Identity:
+async def introduce(shard: Shard, identities: Mapping[str, Identity]) -> Identity:
     """Record the peers that this shard does not know yet; its identity after that."""
 
     async def act(connection: AsyncConnection) -> Identity:

@@ -123,7 +123,7 @@ class Gateway:
                 raise UsageError(f"shard {name!r}: {error}") from None
         self._keyspaces = {
             name: Keyspace(
-                self._plan(name),
+                Plan.of(settings, name),
                 {shard: self._shards[shard] for shard in settings.shards_of(name)},
                 creates=settings.create_tables,
                 deadline=settings.operation_deadline,
@@ -250,11 +250,6 @@ class Gateway:
             return known(**({"error": missing} | known.keywords))
         owned = sum(row.owner == record.uuid for row in record.rows)
         return known(slots=owned, map_version=record.identity.map_version)
-
-    def _plan(self, keyspace: str) -> Plan:
-        shape = self.settings.keyspace(keyspace)
-        weights = {name: shard.weight for name, shard in self.settings.shards_of(keyspace).items()}
-        return Plan(keyspace, shape.slots, shape.spread, weights)
 
     async def _perform(
         self,

@@ -19,7 +19,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from shardgate.agreement import contradictions
-from shardgate.errors import OwnershipConflict, ShardUnavailable, TenantRefused, UsageError
+from shardgate.errors import (
+    OutcomeUnknown,
+    OwnershipConflict,
+    ShardQuarantined,
+    ShardUnavailable,
+    TenantRefused,
+    UsageError,
+)
 from shardgate.founding import create
 from shardgate.records import ADMITTED, DRAINING, OWNED, admit, owned_slots, read_record, standing
 from shardgate.router import route
@@ -125,6 +132,16 @@ class Keyspace:
             except RefusedError:
                 if clock() > give_up:
                     raise self._nobody_has(where) from None
+            except (ShardQuarantined, OutcomeUnknown) as error:
+                found_out = isinstance(error, ShardQuarantined) or isinstance(
+                    error.__cause__, ShardQuarantined
+                )
+                now = await self.known()
+                if not found_out or route(now, tenant_id, session_id).shard == where.shard:
+                    raise
+                # The same inquiry has told where the session lives by now. An operation that was
+                # sent before has taken its op there, if it took effect.
+                continue
             await self._learn(known, where, tenant_id)
 
     async def survey(
@@ -201,6 +218,8 @@ class Keyspace:
 
     async def _learn(self, known: KeyspaceMap, where: Route, tenant_id: str) -> None:
         """Find out why the guard failed, and what to do about it."""
+        if self.shards[where.shard].quarantine is not None and self.map is known:
+            self.shards[where.shard].refuse(writes=True)  # what it says of the slot is out of date
         said = await standing(self.shards[where.shard], where.slot, tenant_id)
         own = known.uuids[where.shard]
         if said.shard_uuid != own:

@@ -34,6 +34,7 @@ HASH = "mmh3-x64-128-low64/1"
 
 OWNED, DRAINING, ELSEWHERE = "owned", "draining", "elsewhere"
 """A slot's states in a shard's record: owned or draining are claims, elsewhere is a hint."""
+CLAIMING = (OWNED, DRAINING)
 ADMITTED = "admitted"
 
 

@@ -62,15 +62,17 @@ class Attempt:
     """How far an operation has come.
 
     ``sent``: the attempt under way has reached the driver. ``lost``: an attempt that was sent has
-    not been answered, so it may have taken effect. ``about_the_shard``: it asks what a shard is, or
+    not been answered, so it may have taken effect. ``began`` is when the attempt under way began, by
+    the event loop's clock. ``about_the_shard``: it asks what a shard is, or
     tells it, so that it does not depend on the answer; ``probing``: even while the shard is down.
     """
 
-    __slots__ = ("about_the_shard", "lost", "probing", "sent")
+    __slots__ = ("about_the_shard", "began", "lost", "probing", "sent")
 
     def __init__(self, *, about_the_shard: bool = False, probing: bool = False) -> None:
         self.sent = False
         self.lost = False
+        self.began = 0.0
         self.about_the_shard = about_the_shard
         self.probing = probing
 
@@ -184,7 +186,8 @@ class Database:
             self.state.verified.discard(names)
         if names in self.state.verified:
             return
-        await self._settled(partial(self._prepare, names, create=create))
+        prepare = partial(self._prepare, names, create=create)
+        await self._settled(prepare, attempt=Attempt(about_the_shard=True))
 
     async def _prepare(
         self, names: tuple[str | None, TableNames], attempt: Attempt, *, create: bool
@@ -230,6 +233,7 @@ class Database:
         try:
             async with asyncio.timeout(self.deadline):
                 while True:
+                    attempt.began = asyncio.get_running_loop().time()
                     try:
                         answer = await once(attempt)
                     except UnverifiedError as unknown:
@@ -263,11 +267,15 @@ class Database:
         elif self._is_lost(error, attempt):
             answered = isinstance(error, DBAPIError) and not error.connection_invalidated
             attempt.lost |= attempt.sent and not answered
+            self._connection_lost(attempt)
             if not patience.with_outage(self.state.answered):
                 raise error
         else:
             raise error
         attempt.sent = False
+
+    def _connection_lost(self, attempt: Attempt) -> None:
+        """Note that a connection was lost: the next one may lead to another server."""
 
     def _is_lost(self, error: DBAPIError | OSError, attempt: Attempt) -> bool:
         """Whether the connection is gone, or could not be made."""
@@ -471,6 +479,7 @@ class Shard(Database):
         self.verify: Verify | None = None
         self._server: Server | None = None
         self._asked: Server | None = None
+        self._looked = 0.0
         self._outage: Outage | None = None
 
     def __repr__(self) -> str:
@@ -495,6 +504,7 @@ class Shard(Database):
         """Take what was found out about the shard, by asking it on the server last asked."""
         self.quarantine = quarantine
         self._server = self._asked
+        self._looked = asyncio.get_running_loop().time()
 
     async def _run(
         self,
@@ -529,6 +539,11 @@ class Shard(Database):
                 shard=self.name,
             )
 
+    def _connection_lost(self, attempt: Attempt) -> None:
+        """An attempt from before the last look tells nothing new."""
+        if attempt.began > self._looked:
+            self._server = None
+
     def _check_server(self, server: Server, info: dict[Any, Any], attempt: Attempt) -> None:
         if attempt.about_the_shard:
             self._asked = server
@@ -547,6 +562,7 @@ class Shard(Database):
                 if self.verify is not None and not known:
                     await self.verify(self)
                 self._server = unknown.server
+                self._looked = asyncio.get_running_loop().time()
             if not unknown.server.standby:
                 unknown.connection[_VERIFIED] = True
             self.refuse(writes=writes)

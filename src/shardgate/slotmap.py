@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from shardgate.agreement import contradictions
 from shardgate.errors import KeyspaceNotCreated, OwnershipConflict
-from shardgate.records import DRAINING, OWNED, read_record, read_records
+from shardgate.records import CLAIMING, read_record, read_records
 from shardgate.shards import ask_all
 from shardgate.topology import KeyspaceMap
 
@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from shardgate.errors import ShardgateError
     from shardgate.records import ShardRecord
     from shardgate.shards import Shard
-
-_CLAIMING = (OWNED, DRAINING)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +110,7 @@ def build_map(plan: Plan, records: Mapping[str, ShardRecord]) -> KeyspaceMap:
     for record in records.values():
         for row in record.rows:
             own = row.owner == record.uuid
-            rank = (row.epoch, own and row.state in _CLAIMING)
+            rank = (row.epoch, own and row.state in CLAIMING)
             if row.slot not in best or rank > best[row.slot][0]:
                 best[row.slot] = (rank, row.owner)
     return KeyspaceMap(

@@ -61,7 +61,6 @@ class MariaDBServer(LocalServer):
         super().__init__(backend, folder, durable)
         self._server = server
         self._installer = installer
-        self._data = self._folder / "data"
 
     async def _prepare(self) -> None:
         await run_program(

@@ -116,7 +116,6 @@ class PostgreSQLServer(LocalServer):
         self.account = account_for("postgres") or ""
         super().__init__(backend, folder, durable)
         self._programs = programs
-        self._data = self._folder / "data"
         self._unnamed: set[str] = set()
         self._emptied: list[str] = []
 
@@ -157,6 +156,14 @@ class PostgreSQLServer(LocalServer):
             account=self.account,
         )
 
+    async def standby(self) -> Standby:
+        """A hot standby of this running server, streaming from it; not started yet."""
+        return Standby(self)
+
+    async def execute(self, statement: str) -> None:
+        """Run a statement as the superuser."""
+        await self._execute(statement)
+
     def _locale(self) -> list[str]:
         # A linguistic order where it can be had: code that trusts the default order is found out.
         config = self._programs / "pg_config"
@@ -172,6 +179,36 @@ class PostgreSQLServer(LocalServer):
         settings = SETTINGS | {"port": str(self.port)} | ({} if self.durable else FAST)
         options = [f"--{name}={value}" for name, value in settings.items()]
         return [self._programs / "postgres", "-D", self._data, *options]
+
+
+class Standby(PostgreSQLServer):
+    """A streaming standby of another server, which ``promote`` makes a server of its own."""
+
+    def __init__(self, primary: PostgreSQLServer) -> None:
+        super().__init__(
+            primary.backend, primary._run_folder, primary.durable, programs=primary._programs
+        )
+        self._primary = primary
+        self._password = primary._password
+
+    async def _prepare(self) -> None:
+        primary = self._primary
+        source = f"host={HOST} port={primary.port} user={primary.user} password={primary._password}"
+        await run_program(
+            [
+                self._programs / "pg_basebackup",
+                f"--pgdata={self._data}",
+                f"--dbname={source}",
+                "--checkpoint=fast",
+                "--write-recovery-conf",
+                "--no-sync",
+            ],
+            account=self.account,
+        )
+
+    async def promote(self) -> None:
+        """End the recovery, and wait until it has ended."""
+        await self._execute("SELECT pg_promote()")
 
 
 def copy_programs(programs: Path, folder: RunFolder) -> Path:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import secrets
 import shutil
+import subprocess
 import time
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
@@ -243,6 +244,7 @@ class LocalServer(Server):
         self._password = secrets.token_hex(8)
         self._run_folder = folder
         self._folder = folder.subfolder(backend.id, self.account)
+        self._data = self._folder / "data"
         self._program: Program | None = None
 
     @abstractmethod
@@ -320,6 +322,22 @@ class LocalServer(Server):
     async def kill(self) -> None:
         if self._program is not None:
             self._program.kill()
+
+    def save(self) -> Path:
+        """Copy the data of this server, which must not be running; returns where it is."""
+        copy = self._folder / f"copy-{secrets.token_hex(4)}"
+        self._copy(self._data, copy)
+        return copy
+
+    def restore(self, copy: Path) -> None:
+        """Put a copy in the place of the data of this server, which must not be running."""
+        shutil.rmtree(self._data)
+        self._copy(copy, self._data)
+
+    def _copy(self, source: Path, target: Path) -> None:
+        if self.running:
+            raise ServerError(f"{self.backend.id} is running: its data cannot be copied")
+        subprocess.run(["cp", "-a", source, target], check=True)  # with its owner
 
     def close(self) -> None:
         if self._program is not None:

@@ -20,13 +20,17 @@ from rich.table import Table
 from sqlalchemy.dialects import mysql, postgresql, sqlite
 from sqlalchemy.dialects.mysql import mariadb
 
+from shardgate.agreement import Plan
+from shardgate.control import reconcile
 from shardgate.errors import ShardgateError, UsageError
 from shardgate.gateway import Gateway, HealthReport
 from shardgate.settings import GatewaySettings
 from shardgate.sql.schema import TableNames, build_tables, ddl
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Iterator
+
+    from shardgate.control.reconcile import Remedy
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -138,6 +142,59 @@ def print_route(
         return
     for name, value in route.items():
         output.print(f"{name:9} {value}", highlight=False, markup=False)
+
+
+@app.command("reconcile")
+def reconcile_shard(
+    shard: Annotated[str, typer.Argument(help="The shard's name in the settings.")],
+    apply: Annotated[bool, typer.Option("--apply", help="Do what is explained.")] = False,
+    accept_loss: Annotated[
+        bool, typer.Option("--accept-loss", help="Also where sessions are lost for good.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Explain what is wrong with a shard in quarantine, and what would be done about it.
+
+    Exit code 0: nothing is wrong, or it was mended; 1: something is to be done.
+    """
+
+    async def act(gateway: Gateway) -> tuple[Remedy, bool]:
+        settings = gateway.settings
+        if shard not in settings.shards:
+            known = ", ".join(settings.shards)
+            raise UsageError(f"there is no shard {shard!r}; the settings have {known}")
+        keyspace = settings.shards[shard].keyspace
+        plan = Plan.of(settings, keyspace)
+        shards = {name: gateway.shards[name] for name in settings.shards_of(keyspace)}
+        remedy = await reconcile.examine(plan, shards, shard)
+        if apply and remedy.steps:
+            await reconcile.apply(plan, shards, remedy, accept_loss=accept_loss)
+        return remedy, apply and bool(remedy.steps)
+
+    remedy, done = _with_gateway(act)
+    if as_json:
+        known = {"shard": shard, "problem": remedy.problem, "steps": remedy.steps}
+        known |= {"loses": remedy.loses, "done": done}
+        sys.stdout.write(json.dumps(known, indent=2) + "\n")
+    else:
+        for line in _explained(remedy, done=done):
+            output.print(line, markup=False, highlight=False, soft_wrap=True)
+    raise typer.Exit(0 if remedy.problem is None or done else 1)
+
+
+def _explained(remedy: Remedy, *, done: bool) -> Iterator[str]:
+    if remedy.problem is None:
+        yield f"shard {remedy.shard}: nothing is wrong"
+        return
+    yield remedy.problem
+    if not remedy.steps:
+        yield "this cannot be mended here: mend the settings, or restore the right database"
+        return
+    yield "what was done:" if done else "what would be done:"
+    yield from (f"  - {step}" for step in remedy.steps)
+    if not done:
+        loses = " --accept-loss: sessions are lost for good" if remedy.loses else ""
+        yield f"to do it: shardgate reconcile {remedy.shard} --apply{loses}"
 
 
 def _health_table(report: HealthReport) -> Table:

@@ -103,9 +103,9 @@ _APPEND_ROW = """
     FROM DUAL WHERE @shardgate_new = 1
 """
 
-# When the server was started is told to the second, by its own clock.
+# The uptime is in whole seconds, so when the server was started is known to the second.
 _ADMIT = """
-    SELECT @@hostname, @@port, @@server_id, @@read_only, UNIX_TIMESTAMP();
+    SELECT @@hostname, @@port, @@server_id, @@read_only, UNIX_TIMESTAMP(SYSDATE(6));
     SHOW GLOBAL STATUS LIKE 'Uptime'
 """
 

@@ -1,0 +1,1 @@
+"""What operators do to a keyspace. The data path never imports it."""
