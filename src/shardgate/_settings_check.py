@@ -35,6 +35,7 @@ WANTED = {
     "table_prefix": "must begin with a letter or _, go on with a-z, 0-9 and _, and have at most "
     "30 characters; SQLite reserves sqlite_ for itself",
     "operation_deadline": "must be a number of seconds above 0, such as 10",
+    "operation_memory": "must be a number of seconds above 0, such as 86400",
     "create_tables": "must be true or false",
 }
 

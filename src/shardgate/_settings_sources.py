@@ -82,6 +82,7 @@ GATEWAY = Shape(
         "engine_kwargs": OPTIONS,
         "table_prefix": VALUE,
         "operation_deadline": VALUE,
+        "operation_memory": VALUE,
         "create_tables": VALUE,
     }
 )

@@ -7,7 +7,7 @@ import threading
 import weakref
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from sqlalchemy import event
 from sqlalchemy.engine import make_url
@@ -19,10 +19,14 @@ from shardgate.sql.postgresql import PostgreSQL
 from shardgate.sql.sqlite import SQLite
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from sqlalchemy import URL, Pool
 
     from shardgate.sql.dialect import Dialect
     from shardgate.sql.schema import TableNames, Tables
+
+T = TypeVar("T")
 
 DIALECTS: dict[str, type[Dialect]] = {
     dialect.driver: dialect for dialect in (PostgreSQL, MySQL, SQLite)
@@ -40,16 +44,23 @@ class EngineState:
         self.single_connection = threading.Lock()
         self.answered = float("-inf")  # when the database last answered, by the event loop's clock
         self._dialects: dict[tuple[str | None, TableNames], Dialect] = {}
-        self._locks: weakref.WeakKeyDictionary[
-            asyncio.AbstractEventLoop, dict[str, asyncio.Lock]
-        ] = weakref.WeakKeyDictionary()
+        self._of_loops: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, Any]] = (
+            weakref.WeakKeyDictionary()
+        )
 
     def lock(self, purpose: str) -> asyncio.Lock:
         """A lock of this engine, of the running event loop's own."""
-        for loop in [loop for loop in self._locks if loop.is_closed()]:
-            del self._locks[loop]  # a lock that was waited for holds its loop
-        locks = self._locks.setdefault(asyncio.get_running_loop(), {})
-        return locks.setdefault(purpose, asyncio.Lock())
+        return self.own(f"lock: {purpose}", asyncio.Lock)
+
+    def own(self, name: str, make: Callable[[], T]) -> T:
+        """What the running event loop has of this name on this engine; made when first asked."""
+        for loop in [loop for loop in self._of_loops if loop.is_closed()]:
+            del self._of_loops[loop]  # a lock that was waited for holds its loop
+        own = self._of_loops.setdefault(asyncio.get_running_loop(), {})
+        if name not in own:
+            own[name] = make()
+        mine: T = own[name]
+        return mine
 
     def dialect(self, engine: AsyncEngine, tables: Tables) -> Dialect:
         """The statements for ``tables`` on this engine, written once."""

@@ -17,6 +17,7 @@ from uuid import uuid4
 from shardgate.engines import close_shared_engine, shared_engine
 from shardgate.errors import OutcomeUnknown, UsageError
 from shardgate.items import check_items, check_text, decode, encode
+from shardgate.purge import end_purge
 from shardgate.shards import Database
 from shardgate.slots import check_session_id, hash_key, to_signed
 from shardgate.sql.dialect import Key, Operation
@@ -361,6 +362,7 @@ class SQLAlchemySession(StoredSession):
         The next call of any of them opens new ones. An engine that was passed in is left alone.
         """
         if self._url is not None:
+            await end_purge(Database(self.engine, self._tables))
             await close_shared_engine(*self._url)
 
     async def _perform(self, act: Callable[[Store, Place], Awaitable[T]]) -> T:

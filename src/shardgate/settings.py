@@ -157,8 +157,12 @@ class KeyspaceSettings(BaseModel):
 class GatewaySettings(BaseSettings):
     """All settings of a gateway. The only constructor that reads nothing else is ``from_dict``.
 
-    ``operation_deadline`` is in seconds. ``engine_kwargs`` counts for every shard, below the
-    shard's own. Raises SettingsError with one line for each mistake; warns with PoolSizeWarning.
+    ``operation_deadline`` is in seconds, and so is ``operation_memory``: for so long, at least, a
+    shard recognises an operation that is sent again, an idempotency key, and the op_id that
+    ``settle`` asks about. What comes later is new to it: a key is accepted anew, and ``settle``
+    says of an operation that has landed that it has not. ``engine_kwargs`` counts for every shard,
+    below the shard's own. Raises SettingsError with one line for each mistake; warns with
+    PoolSizeWarning.
     """
 
     model_config = SettingsConfigDict(
@@ -176,6 +180,7 @@ class GatewaySettings(BaseSettings):
     engine_kwargs: EngineOptions = Field(default_factory=dict)
     table_prefix: str = "shardgate_"
     operation_deadline: Positive = 10.0
+    operation_memory: Positive = 86400.0
     create_tables: bool = False
 
     def __init__(

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from shardgate.errors import UsageError
+from shardgate.purge import OPERATION_MEMORY, purge_of
 from shardgate.sql import transactions
 from shardgate.sql.dialect import Operation, Outcome
 from shardgate.sql.transactions import VOID, RefusedError, RepeatedError, UndecodableError
@@ -64,11 +65,13 @@ class Store:
     """Sessions on one database.
 
     Every method raises RefusedError where the guard of its place fails: nothing was seen or
-    changed, and the session has to be looked for elsewhere.
+    changed, and the session has to be looked for elsewhere. Operations are remembered for
+    ``operation_memory`` seconds, at least.
     """
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, *, operation_memory: float = OPERATION_MEMORY) -> None:
         self.database = database
+        self.operation_memory = operation_memory
 
     async def newest(self, place: Place, limit: int | None, codec: Codec) -> list[Any]:
         """The newest ``limit`` valid items (None: all), oldest first.
@@ -111,7 +114,7 @@ class Store:
             UsageError: the operation's id has been used before, for something else.
         """
         append, incarnation = self.database.dialect.append, secrets.randbits(_INCARNATION_BITS)
-        outcome = await self.database.write(
+        outcome = await self._write(
             lambda connection: append(
                 connection, place.key, place.guard, operation, items, incarnation
             )
@@ -150,13 +153,13 @@ class Store:
             sent = next(operation.sendings)
             return pop(connection, place.key, place.guard, operation)
 
-        outcome, data = await self.database.write(send)
+        outcome, data = await self._write(send)
         return outcome, data, sent == 0
 
     async def clear(self, place: Place, operation: Operation) -> None:
         """Remove every item; the session stays, and its numbers go on."""
         clear = self.database.dialect.clear
-        outcome = await self.database.write(
+        outcome = await self._write(
             lambda connection: clear(connection, place.key, place.guard, operation)
         )
         await self._accept(place, operation, outcome)
@@ -232,6 +235,9 @@ class Store:
         """The tenant's next ``limit`` rows on this database, most recently used first."""
         return await self._query(transactions.list_sessions, tenant_id, limit=limit, after=after)
 
+    async def _write(self, action: Callable[[Any], Awaitable[T]]) -> T:
+        return await self._counted(self.database.write(action))
+
     async def _transact(self, act: Callable[..., Awaitable[T]], *values: Any, **more: Any) -> T:
         tables = self.database.tables
 
@@ -239,9 +245,15 @@ class Store:
             return await act(connection, tables, *values, **more)
 
         try:
-            return await self.database.transact(once)
+            return await self._counted(self.database.transact(once))
         except RepeatedError:  # a twin has committed meanwhile, and is found now
-            return await self.database.transact(once)
+            return await self._counted(self.database.transact(once))
+
+    async def _counted(self, write: Awaitable[T]) -> T:
+        """Have old operations removed, now and then, once a write has been answered."""
+        answer = await write
+        purge_of(self.database).count_write(self.database, self.operation_memory)
+        return answer
 
     async def _query(self, act: Callable[..., Awaitable[T]], *values: Any, **more: Any) -> T:
         tables = self.database.tables

@@ -75,6 +75,7 @@ class GatewaySettings(BaseSettings)
     engine_kwargs: EngineOptions = {}
     table_prefix: str = 'shardgate_'
     operation_deadline: Positive = 10.0
+    operation_memory: Positive = 86400.0
     create_tables: bool = False
     engine_options(shard_name: str) -> dict[str, Any]
     classmethod from_dict(values: Mapping[str, Any]) -> Self

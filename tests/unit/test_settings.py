@@ -52,6 +52,7 @@ def test_defaults() -> None:
     assert settings.keyspaces == {"main": KeyspaceSettings(slots=4096, spread=None)}
     assert settings.table_prefix == "shardgate_"
     assert settings.operation_deadline == 10.0
+    assert settings.operation_memory == 86400.0
     assert settings.create_tables is False
     shard = settings.shards["a"]
     assert (shard.schema_, shard.weight, shard.keyspace) == (None, 1.0, "main")

@@ -199,9 +199,10 @@ def test_a_spread_that_does_not_fit(spread: object) -> None:
 @pytest.mark.parametrize("number", [0, -1, "heavy", float("inf"), float("nan"), True])
 def test_numbers_above_zero(number: object) -> None:
     shards = {"a": {"url": MEMORY, "weight": number}}
-    assert problems(shards=shards, operation_deadline=number) == [
+    assert problems(shards=shards, operation_deadline=number, operation_memory=number) == [
         "shards.a.weight: must be a number above 0, such as 1.0",
         "operation_deadline: must be a number of seconds above 0, such as 10",
+        "operation_memory: must be a number of seconds above 0, such as 86400",
     ]
 
 
