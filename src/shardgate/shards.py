@@ -62,9 +62,9 @@ class Attempt:
     """How far an operation has come.
 
     ``sent``: the attempt under way has reached the driver. ``lost``: an attempt that was sent has
-    not been answered, so it may have taken effect. ``began`` is when the attempt under way began, by
-    the event loop's clock. ``about_the_shard``: it asks what a shard is, or
-    tells it, so that it does not depend on the answer; ``probing``: even while the shard is down.
+    not been answered, so it may have taken effect. ``began``: when the attempt under way began, by
+    the event loop's clock. ``about_the_shard``: it asks what a shard is, or tells it, so it does
+    not depend on the answer; ``probing``: even while the shard is down.
     """
 
     __slots__ = ("about_the_shard", "began", "lost", "probing", "sent")

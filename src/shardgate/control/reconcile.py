@@ -13,7 +13,7 @@ settings say cannot be mended here: the settings have to be.
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -119,7 +119,10 @@ def find_remedy(plan: Plan, reading: Reading, name: str) -> Remedy:
     changes = tuple(_changes(plan, own.shard_uuid, rows, peers.values()))
     version = max(recorded_version(peers, own.shard_uuid), own.map_version) + 1
     owners = {peer.uuid: peer_name for peer_name, peer in peers.items()}
-    steps = *_steps(name, changes, owners, lost), f"set the version of its slot map to {version}"
+    steps = (
+        *_steps(name, changes, owners, lost),
+        f"raise the version of its slot map to {version}, and introduce it to its peers",
+    )
     return Remedy(name, wrong.reason, steps, changes, version, lost)
 
 
@@ -197,24 +200,17 @@ async def apply(
     if remedy.lost is not None:
         await shard.ready(create=True, afresh=True)
         await found(plan, shard, remedy.lost)
-    identity = await shard.tell(partial(_mend, plan=plan, shard=shard, remedy=remedy))
+    await shard.tell(partial(_mend, plan=plan, shard=shard, remedy=remedy))
     peers = {name: peer for name, peer in shards.items() if name != remedy.shard}
     await together(
         peer.tell(partial(_hint, tables=peer.tables, remedy=remedy)) for peer in peers.values()
     )
+    known = (await consult(plan, shards, seen={})).usable
+    identity = await introduce(shard, {name: record.identity for name, record in known.items()})
     await publish(peers, {remedy.shard: identity})
-    if remedy.lost is not None:
-        known = {name: record.identity for name, record in (await _created(plan, peers)).items()}
-        await introduce(shard, known)
 
 
-async def _created(plan: Plan, shards: Mapping[str, Shard]) -> dict[str, ShardRecord]:
-    return (await consult(plan, shards, seen={})).created
-
-
-async def _mend(
-    connection: AsyncConnection, *, plan: Plan, shard: Shard, remedy: Remedy
-) -> Identity:
+async def _mend(connection: AsyncConnection, *, plan: Plan, shard: Shard, remedy: Remedy) -> None:
     tables = shard.tables
     await lock_map(connection, tables)
     identity = await read_identity(connection, tables)
@@ -231,7 +227,6 @@ async def _mend(
         if change.before is not None:
             await _set_row(connection, tables, change.after)
     await connection.execute(update(tables.shard).values(map_version=remedy.map_version))
-    return replace(identity, map_version=remedy.map_version)
 
 
 async def _set_row(connection: AsyncConnection, tables: Tables, row: SlotRow) -> None:
