@@ -127,6 +127,7 @@ class Gateway:
                 {shard: self._shards[shard] for shard in settings.shards_of(name)},
                 creates=settings.create_tables,
                 deadline=settings.operation_deadline,
+                operation_memory=settings.operation_memory,
             )
             for name in settings.keyspaces
         }
@@ -188,6 +189,21 @@ class Gateway:
         self._check_use()
         for keyspace in self._keyspaces.values():
             await keyspace.create()
+
+    async def purge_operations(self) -> dict[str, int]:
+        """Remove the records of operations that are older than ``operation_memory``, now.
+
+        Writes see to that as they come in; this is for shards that get no more of them.
+
+        Returns:
+            How many records were removed, by shard.
+
+        Raises:
+            ShardUnavailable: a shard does not answer; the others have been seen to.
+        """
+        self._check_use()
+        removed = await together(keyspace.purge() for keyspace in self._keyspaces.values())
+        return {name: count for part in removed for name, count in part.items()}
 
     def tenant(self, tenant_id: str, *, keyspace: str | None = None) -> Tenant:
         """A tenant, in its keyspace: the one given, else the one that the settings say.

@@ -28,8 +28,10 @@ from shardgate.errors import (
     UsageError,
 )
 from shardgate.founding import create
+from shardgate.purge import end_purge, purge_all
 from shardgate.records import ADMITTED, DRAINING, OWNED, admit, owned_slots, read_record, standing
 from shardgate.router import route
+from shardgate.settling import together
 from shardgate.shards import Quarantine, ask_all
 from shardgate.slotmap import Reading, conflict, consult, map_of, not_named, unnamed_owners
 from shardgate.slots import from_signed, slot_of, tenant_slots
@@ -71,12 +73,20 @@ class Keyspace:
     """One keyspace of a gateway."""
 
     def __init__(
-        self, plan: Plan, shards: Mapping[str, Shard], *, creates: bool, deadline: float
+        self,
+        plan: Plan,
+        shards: Mapping[str, Shard],
+        *,
+        creates: bool,
+        deadline: float,
+        operation_memory: float,
     ) -> None:
         self.plan = plan
         self.shards = shards
         self.map: KeyspaceMap | None = None
-        self._stores = {name: Store(shard) for name, shard in shards.items()}
+        self._stores = {
+            name: Store(shard, operation_memory=operation_memory) for name, shard in shards.items()
+        }
         self._creates = creates
         self._deadline = deadline
         self._loading: asyncio.Task[KeyspaceMap] | None = None
@@ -105,6 +115,12 @@ class Keyspace:
         if self._loading is not None:
             self._loading.cancel()
             await asyncio.wait([self._loading])
+        await together(map(end_purge, self.shards.values()))
+
+    async def purge(self) -> dict[str, int]:
+        """Remove all old operations from the shards; how many it were, by name."""
+        removed = await together(map(purge_all, self._stores.values()))
+        return dict(zip(self._stores, removed, strict=True))
 
     async def perform(
         self, tenant_id: str, session_id: str, act: Callable[[Store, Place], Awaitable[T]]

@@ -48,6 +48,7 @@ class Gateway
     async create_tables() -> None
     classmethod from_env(**options: Any) -> Self
     async open() -> None
+    async purge_operations() -> dict[str, int]
     route(tenant_id: str, session_id: str, *, keyspace: str | None = None) -> Route
     shards: Mapping[str, Shard] (property)
     tenant(tenant_id: str, *, keyspace: str | None = None) -> Tenant

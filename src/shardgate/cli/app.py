@@ -144,6 +144,17 @@ def print_route(
         output.print(f"{name:9} {value}", highlight=False, markup=False)
 
 
+@app.command("purge-operations")
+def purge_operations() -> None:
+    """Remove the records of operations that need not be remembered any more."""
+
+    async def act(gateway: Gateway) -> None:
+        for name, removed in (await gateway.purge_operations()).items():
+            output.print(f"shard {name}: {removed} removed", highlight=False, markup=False)
+
+    _with_gateway(act)
+
+
 @app.command("reconcile")
 def reconcile_shard(
     shard: Annotated[str, typer.Argument(help="The shard's name in the settings.")],
