@@ -16,12 +16,15 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from sqlalchemy import delete, select, text, update
+from sqlalchemy import delete, event, select, text, update
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from gateway.shards import engine_at, named, session_on, settings_at
-from ownership.mover import finish, move, pass_barrier, uuid_of
+from ownership.mover import bump, decide, finish, move, pass_barrier, read_slot, uuid_of
 from shardgate import Gateway
+from shardgate.sql.create import transaction
+from shardgate.sql.dialect import Outcome
+from shardgate.sql.sqlite import SQLite
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -39,6 +42,8 @@ SHARERS, SHARED, LONERS = 8, 4, 4
 """Tasks that append to shared sessions, those sessions, and tasks with a session of their own."""
 LEVELS = ["READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"]
 POLL = 0.02
+SECONDS = 30
+"""Bounds a wait that has gone wrong."""
 
 HEAT = 8
 """Rounds after which everything is checked and removed: what is copied has to stay small."""
@@ -396,6 +401,77 @@ async def test_with_a_guard_that_locks_nothing_an_append_is_lost(
     change_statement(interleaving.source, lock, "")
     assert not await interleaving.meet(barrier=True)
     assert await interleaving.lost()
+
+
+# The same on SQLite, where the mover has the database's write lock until the slot is away, and an
+# append comes to its own BEGIN IMMEDIATE meanwhile. What a guard has read before is out of date.
+
+
+class GuardedBefore(SQLite):
+    """Known to be bad: the guard is read in a transaction of its own, before the append's."""
+
+    def _append(
+        self, connection: Any, key: Any, guard: Any, operation: Any, items: Any, incarnation: int
+    ) -> Outcome:
+        if not self._holds(connection._conn, key, guard):
+            return Outcome.REFUSED
+        return super()._append(connection, key, None, operation, items, incarnation)
+
+
+class Begun:
+    """Is told when a connection to a shard begins to wait for the database's write lock."""
+
+    def __init__(self, shard: Shard) -> None:
+        self._event = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+        event.listen(shard.engine.sync_engine, "checkout", self._watch)
+
+    def _watch(self, adapted: Any, *_: object) -> None:
+        adapted.run_async(lambda connection: connection.set_trace_callback(self._note))
+
+    def _note(self, statement: str) -> None:
+        if statement == "BEGIN IMMEDIATE":
+            self._loop.call_soon_threadsafe(self._event.set)
+
+    async def wait(self) -> None:
+        await asyncio.wait_for(self._event.wait(), SECONDS)
+
+
+async def moved_under_the_write_lock(at: Interleaving) -> None:
+    """Move the slot while an append is on its way; the source's rows change in one commit."""
+    slots, owner = at.source.tables.slots, await uuid_of(at.target)
+    here, epoch = slots.c.slot == at.slot, 7
+    away = {"state": "released", "owner": owner, "epoch": epoch}
+    begun = Begun(at.source)
+    async with engine_at(at.urls["a"]) as engine:
+        async with transaction(engine) as connection:
+            appending = asyncio.create_task(at.session.add_items([written(0, 1)]))
+            await begun.wait()
+            rows = await read_slot(at.source, at.slot, SLOTS)
+            await decide(at.target, at.slot, owner, epoch, rows, SLOTS)
+            await connection.execute(update(slots).where(here).values(away))
+            await bump(connection, at.source)
+        await asyncio.wait_for(appending, SECONDS)
+
+
+@pytest.mark.backends("sqlite")
+async def test_an_append_that_waits_for_the_write_lock_sees_the_fence(
+    interleaving: Interleaving,
+) -> None:
+    await moved_under_the_write_lock(interleaving)
+    assert not await interleaving.lost()
+    assert await stored(interleaving.source, interleaving.session_id) == ["0 0"]
+
+
+@pytest.mark.backends("sqlite")
+async def test_a_guard_in_a_transaction_of_its_own_does_not_see_it(
+    interleaving: Interleaving,
+) -> None:
+    source = interleaving.source
+    source.dialect = GuardedBefore(source.tables, source.engine.dialect)
+    await moved_under_the_write_lock(interleaving)
+    assert await interleaving.lost()
+    assert await stored(source, interleaving.session_id) == ["0 0", "0 1"]
 
 
 # An append that looked at the slot's row before the fence's commit, and is held up there. To have a
