@@ -23,13 +23,13 @@ if TYPE_CHECKING:
     from benchmarks.options import Options
 
 PARTS: dict[str, Callable[[Run, Servers], Awaitable[None]]] = {
+    "wal": wal.measure,  # before anything is left for the server to clear away
     "exchange": exchange.on_postgresql,
     "mariadb": exchange.on_mariadb,
     "sqlite": exchange.on_sqlite,
     "history": growth.against_history,
     "sessions": growth.against_sessions,
     "shards": growth.against_shards,
-    "wal": wal.measure,
 }
 
 

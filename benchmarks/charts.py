@@ -66,7 +66,7 @@ def draw(results: Results, folder: Path) -> list[Path]:
 
 def _callers(plot: Any, results: Results, part: str, folder: Path) -> Path:
     """Exchanges per second against callers, both on scales of powers."""
-    figure, axes = plot.subplots(figsize=(8, 5))
+    figure, axes = plot.subplots(figsize=(10, 5))
     numbers = results.values(part, "callers")
     for key, title in measured_titles(results, part).items():
         rates = [results.middle(part, rate, contestant=key, callers=n) for n in numbers]
@@ -79,14 +79,14 @@ def _callers(plot: Any, results: Results, part: str, folder: Path) -> Path:
 
 def _growth(plot: Any, results: Results, part: str, folder: Path) -> Path:
     """Milliseconds against size."""
-    figure, axes = plot.subplots(figsize=(8, 5))
+    figure, axes = plot.subplots(figsize=(10, 5))
     labels = results.values(part, "label")
     sizes = [int(label) for label in labels]
     for callers in results.values(part, "callers"):
         for key, title in measured_titles(results, part).items():
             where = {"contestant": key, "callers": callers}
             costs = [results.middle(part, p50, **where, label=label) for label in labels]
-            axes.plot(sizes, costs, marker="o", label=f"{title}, {callers} callers")
+            axes.plot(sizes, costs, marker="o", label=f"{title}, callers: {callers}")
     axes.set(xscale="log", yscale="log", xlabel=GROWTHS[part], ylabel="p50 of an exchange, ms")
     axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
     return _save(plot, figure, axes, folder / f"{part}.{_FORMAT}")
@@ -96,7 +96,7 @@ def _save(plot: Any, figure: Any, axes: Any, path: Path) -> Path:
     axes.minorticks_off()
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.grid(visible=True, alpha=0.3)
-    axes.legend(fontsize="small")
+    axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.01, 0.5))
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plot.close(figure)

@@ -20,6 +20,7 @@ class Options:
     shards: tuple[int, ...] = (1, 4, 16)
     histories: tuple[int, ...] = (20, 200, 5000)
     sessions: tuple[int, ...] = (1_000, 100_000)
+    usual_sessions: int = 1_000
     contestants: tuple[str, ...] = ()
     rounds: int = 5
     seconds: float = 0.6
@@ -36,11 +37,14 @@ class Options:
 
 
 QUICK = Options(
+    parts=("exchange", "mariadb", "sqlite", "history", "shards", "routing"),
     callers=(1, 32, 128),
-    histories=(20, 5000),
+    shards=(1, 4),
+    histories=(20, 2000),
     sessions=(1_000, 10_000),
+    usual_sessions=200,
     rounds=3,
-    seconds=0.3,
+    seconds=0.25,
     warm_up=0.2,
     appends=200,
 )
@@ -64,7 +68,11 @@ def _parser() -> argparse.ArgumentParser:
         description="Measure Shardgate beside its peers, on servers that this starts itself.",
     )
     add = parser.add_argument
-    add("--quick", action="store_true", help="fewer and shorter slices: about 90 seconds")
+    add(
+        "--quick",
+        action="store_true",
+        help="without wal and sessions, fewer and shorter slices: about 90 seconds",
+    )
     add("--only", dest="parts", type=_words, metavar="PARTS", help=f"of {','.join(PARTS)}")
     add("--contestants", type=_words, metavar="NAMES", help="for example gateway,raw,sdk")
     add("--callers", type=_numbers, metavar="N,N", help="callers at the same time (exchange)")

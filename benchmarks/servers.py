@@ -40,6 +40,7 @@ class Servers:
         self._postgresql: list[Server] = []
         self._mariadb: list[Server] = []
         self._redis: dict[bool, RedisServer] = {}
+        self._server_of: dict[str, Server] = {}
         self.versions: dict[str, str] = {}
 
     async def __aenter__(self) -> Self:
@@ -60,7 +61,13 @@ class Servers:
         name = f"bench_{secrets.token_hex(6)}"
         chosen = self._postgresql[server]
         await execute(chosen.url("postgres"), _CREATE.format(name=name))
-        return chosen.url(name)
+        url = chosen.url(name)
+        self._server_of[url] = chosen
+        return url
+
+    async def drop_postgresql(self, url: str) -> None:
+        """Drop a database that was made here."""
+        await self._server_of.pop(url).drop_database(url)
 
     async def mariadb(self) -> str:
         """The URL of a new database on MariaDB."""

@@ -150,7 +150,7 @@ def _multixacts(results: Results) -> Table:
 def _routing(results: Results) -> Table:
     rows = [
         [
-            f"{row['shards']} shards",
+            "1 shard" if row["shards"] == 1 else f"{row['shards']} shards",
             f"{row['microseconds']:.2f} ({row['low']:.2f} to {row['high']:.2f})",
         ]
         for row in results.routing

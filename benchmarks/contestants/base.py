@@ -62,6 +62,12 @@ class Stage:
             self.urls[label] = await make(**on_server)
         return self.urls[label], new
 
+    async def clear(self) -> None:
+        """Drop the databases on PostgreSQL: what is left lying about is vacuumed by the next."""
+        if self.family == "postgresql":
+            for url in self.urls.values():
+                await self.servers.drop_postgresql(url)
+
 
 class Session(Protocol):
     """A handle of a session, as the SDK has them."""

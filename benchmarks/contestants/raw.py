@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 from uuid import uuid4
@@ -29,6 +30,8 @@ from shardgate.sql.postgresql import PostgreSQL
 from shardgate.sql.schema import TableNames, build_tables
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
     from benchmarks.contestants.base import Name, Stage
     from shardgate import Gateway
 
@@ -43,6 +46,27 @@ class Spot:
     guard: Guard
 
 
+class Shelf:
+    """Connections that are held. Who came first is served first, by the one that was used last."""
+
+    def __init__(self) -> None:
+        self.connections: list[Any] = []
+        self._free = asyncio.Semaphore(0)
+
+    def add(self, connection: Any) -> None:
+        self.connections.append(connection)
+        self._free.release()
+
+    @asynccontextmanager
+    async def one(self) -> AsyncIterator[Any]:
+        async with self._free:
+            connection = self.connections.pop()
+            try:
+                yield connection
+            finally:
+                self.connections.append(connection)
+
+
 class Raw(Contestant):
     """What both drivers share: the gateway's tables, and a shelf of connections."""
 
@@ -50,7 +74,7 @@ class Raw(Contestant):
 
     def __init__(self, stage: Stage) -> None:
         super().__init__(stage)
-        self.shelf: asyncio.LifoQueue[Any] = asyncio.LifoQueue()
+        self.shelf = Shelf()
         self.spots: dict[Name, Spot] = {}
 
     async def open(self) -> None:
@@ -64,7 +88,7 @@ class Raw(Contestant):
         url, _ = await self.stage.database("shardgate")
         self.prepare(url)
         for _ in range(self.connections):
-            self.shelf.put_nowait(await self.connect(url))
+            self.shelf.add(await self.connect(url))
 
     def prepare(self, url: str) -> None:
         """Write the statements."""
@@ -107,8 +131,8 @@ class RawPostgreSQL(Raw):
         return AsyncpgSession(self, self.spots[name])
 
     async def close(self) -> None:
-        while not self.shelf.empty():
-            await self.shelf.get_nowait().close()
+        for connection in self.shelf.connections:
+            await connection.close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,11 +145,8 @@ class AsyncpgSession:
     async def get_items(self, limit: int | None = None) -> list[Any]:
         key, guard = self.spot.key, self.spot.guard
         place = (key.tenant_id, key.session_id, guard.slot, guard.owner)
-        connection = await self.raw.shelf.get()
-        try:
+        async with self.raw.shelf.one() as connection:
             rows = await connection.fetch(self.raw.tail_sql, *place, limit)
-        finally:
-            self.raw.shelf.put_nowait(connection)
         return [json.loads(data) for _, seq, data in reversed(rows) if seq is not None]
 
     async def add_items(self, items: list[Any]) -> None:
@@ -133,11 +154,8 @@ class AsyncpgSession:
         place = (key.tenant_id, key.session_id, guard.slot, guard.owner, key.h)
         data = [json.dumps(item, separators=(",", ":")) for item in items]
         values = (uuid4().hex, None, secrets.randbits(63), data, list(map(len, data)))
-        connection = await self.raw.shelf.get()
-        try:
+        async with self.raw.shelf.one() as connection:
             here, new = await connection.fetchrow(self.raw.append_sql, *place, *values)
-        finally:
-            self.raw.shelf.put_nowait(connection)
         if not (here and new):
             raise LookupError("the guard refused a session that lives here")
 
@@ -167,8 +185,8 @@ class RawMariaDB(Raw):
         return AiomysqlSession(self, self.spots[name])
 
     async def close(self) -> None:
-        while not self.shelf.empty():
-            await self.shelf.get_nowait().ensure_closed()
+        for connection in self.shelf.connections:
+            await connection.ensure_closed()
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,20 +197,14 @@ class AiomysqlSession:
     spot: Spot
 
     async def get_items(self, limit: int | None = None) -> list[Any]:
-        connection = await self.raw.shelf.get()
-        try:
-            tail = self.raw.dialect.tail
-            rows = await tail(connection, self.spot.key, self.spot.guard, limit)
-        finally:
-            self.raw.shelf.put_nowait(connection)
+        tail, spot = self.raw.dialect.tail, self.spot
+        async with self.raw.shelf.one() as connection:
+            rows = await tail(connection, spot.key, spot.guard, limit)
         return [json.loads(row.data) for row in reversed(rows or [])]
 
     async def add_items(self, items: list[Any]) -> None:
         data = [json.dumps(item, separators=(",", ":")) for item in items]
         operation, incarnation = Operation(uuid4().hex, "append"), secrets.randbits(63)
-        connection = await self.raw.shelf.get()
-        try:
-            append, spot = self.raw.dialect.append, self.spot
+        append, spot = self.raw.dialect.append, self.spot
+        async with self.raw.shelf.one() as connection:
             await append(connection, spot.key, spot.guard, operation, data, incarnation)
-        finally:
-            self.raw.shelf.put_nowait(connection)

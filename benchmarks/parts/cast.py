@@ -51,6 +51,7 @@ class Run:
         finally:
             for contestant in ready:
                 await contestant.close()
+            await stage.clear()
 
     async def _open(self, part: str, contestant: Contestant) -> bool:
         results = self.results

@@ -47,7 +47,7 @@ _FILE_CONNECTIONS = 5
 async def on_postgresql(run: Run, servers: Servers) -> None:
     """All contestants, at all numbers of callers."""
     stage = Stage(servers=servers, connections=run.options.connections)
-    stage.sessions = max(stage.sessions, *run.options.callers)
+    stage.sessions = max(run.options.usual_sessions, *run.options.callers)
     await _measure(run, "exchange", ON_POSTGRESQL, stage, run.options.callers)
 
 

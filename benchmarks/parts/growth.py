@@ -23,7 +23,7 @@ AGAINST_HISTORY = (ThroughGateway, RawPostgreSQL, SDKSQLAlchemyKept, ADK, LangGr
 AGAINST_SESSIONS = (ThroughGateway, RawPostgreSQL, SDKSQLAlchemy)
 _ITEMS = 40_000
 """About how many items all histories have together, so that none grows much by the run itself."""
-_FEWEST, _MOST = 8, 1_000
+_FEWEST = 8
 _SHARD_CALLERS = (1, 32)
 _STAGE_CONNECTIONS = 8
 """Stages of several sizes are open at the same time, and their callers are few."""
@@ -36,7 +36,7 @@ async def against_history(run: Run, servers: Servers) -> None:
             servers=servers,
             connections=_STAGE_CONNECTIONS,
             history=history,
-            sessions=max(_FEWEST, min(_MOST, _ITEMS // history)),
+            sessions=max(_FEWEST, min(run.options.usual_sessions, _ITEMS // history)),
         )
         for history in run.options.histories
     }
@@ -80,7 +80,9 @@ async def against_shards(run: Run, servers: Servers) -> None:
     async with AsyncExitStack() as stack:
         cells = []
         for shards in options.shards:
-            stage = Stage(servers=servers, connections=options.connections)
+            stage = Stage(
+                servers=servers, connections=options.connections, sessions=options.usual_sessions
+            )
             gateway = ThroughGateway(stage, shards=shards, servers=options.servers)
             opened = run.opened("shards", [gateway], stage)
             cells += [
