@@ -58,5 +58,6 @@ def sentence(told: dict[str, Any]) -> str:
     return (
         f"{told['day']}: {told['cores']} cores for callers and servers together, loopback, "
         f"{servers}, Python {told['python']} ({packages}); {options['rounds']} rounds, slices of "
-        f"{options['seconds']} s, {options['connections']} connections for each contestant."
+        f"{options['seconds']} s, {options['connections']} connections for each contestant. "
+        f"Load average before the run: {told['load_before']}."
     )

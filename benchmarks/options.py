@@ -68,11 +68,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Measure Shardgate beside its peers, on servers that this starts itself.",
     )
     add = parser.add_argument
-    add(
-        "--quick",
-        action="store_true",
-        help="without wal and sessions, fewer and shorter slices: about 90 seconds",
-    )
+    add("--quick", action="store_true", help="shorter, without wal and sessions: two minutes")
     add("--only", dest="parts", type=_words, metavar="PARTS", help=f"of {','.join(PARTS)}")
     add("--contestants", type=_words, metavar="NAMES", help="for example gateway,raw,sdk")
     add("--callers", type=_numbers, metavar="N,N", help="callers at the same time (exchange)")
