@@ -153,16 +153,18 @@ async def test_a_commit_that_arrives_after_its_client_has_gone(proxied: Wire, th
 async def test_an_unknown_outcome_can_be_settled(proxied: Wire, there: bool) -> None:
     if there:
         await proxied.past.session().add_items(OLD)
-    await proxied.through.session().get_items()
     (shard,) = proxied.through.gateway.shards.values()
-    shard.deadline = 0.5
-    with _commit_held(proxied), pytest.raises(OutcomeUnknown) as caught:
-        await proxied.through.delete()
-    await proxied.proxy.is_holding()
+    shard.outage = 0.1
+    with _commit_held(proxied):
+        deleting = asyncio.ensure_future(proxied.through.delete())
+        await proxied.proxy.is_holding()
+    proxied.proxy.refusing = True
+    proxied.proxy.drop_clients()
+    with pytest.raises(OutcomeUnknown) as caught:
+        await asyncio.wait_for(deleting, SECONDS)
     op_id = caught.value.op_id
     assert isinstance(op_id, str)
-    shard.deadline = 20
-    proxied.proxy.drop_clients()
+    proxied.proxy.refusing = False
     await proxied.proxy.arrive()
     session: Any = proxied.through.session()
     assert await session.settle(op_id)
