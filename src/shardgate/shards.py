@@ -171,7 +171,7 @@ class Database:
         self, action: Callable[[AsyncConnection], Awaitable[T]], attempt: Attempt
     ) -> T:
         async with self._only_user(), self.engine.connect() as connection:
-            await self._admit(await connection.get_raw_connection(), attempt)
+            await self._admit_sqlalchemy(connection, attempt)
             attempt.sent = True
             return await action(connection)
 
@@ -237,14 +237,21 @@ class Database:
                     try:
                         answer = await once(attempt)
                     except UnverifiedError as unknown:
-                        await self._verify(unknown, attempt, writes=writes)
-                        continue
+                        if await self._verified(unknown, patience, writes=writes):
+                            continue
                     except (DBAPIError, OSError) as error:
                         self._take(error, attempt, patience)
                     else:
                         self.state.answered = asyncio.get_running_loop().time()
                         return answer
                     await patience.pause()
+        except (ShardUnavailable, ShardQuarantined) as error:
+            if attempt.lost and writes:
+                raise OutcomeUnknown(
+                    f"{error}; a write was sent before, and may or may not have taken effect",
+                    shard=error.shard,
+                ) from error
+            raise
         except Exception as error:
             foreseen = isinstance(error, DBAPIError | PoolTimeout | OSError)
             if not foreseen and (attempt.sent or isinstance(error, ShardgateError)):
@@ -252,7 +259,19 @@ class Database:
             lost = attempt.lost or (attempt.sent and isinstance(error, TimeoutError))
             self._fail(error, sent=attempt.sent, unknown=lost and writes)
 
-    async def _verify(self, unknown: UnverifiedError, attempt: Attempt, *, writes: bool) -> None:
+    async def _verified(
+        self, unknown: UnverifiedError, patience: Patience, *, writes: bool
+    ) -> bool:
+        """Whether a server may be used; False where it went away before that was found out."""
+        try:
+            await self._verify(unknown, writes=writes)
+        except ShardUnavailable:
+            if not patience.with_outage(self.state.answered):
+                raise
+            return False
+        return True
+
+    async def _verify(self, unknown: UnverifiedError, *, writes: bool) -> None:
         """Find out whether a server may be used."""
 
     def _take(self, error: DBAPIError | OSError, attempt: Attempt, patience: Patience) -> None:
@@ -338,11 +357,22 @@ class Database:
         """
         admission: Admission | None = connection.info.get(_ADMISSION)
         if admission is None:
-            admission = await self.dialect.admit(connection.driver_connection)
+            try:
+                admission = await self.dialect.admit(connection.driver_connection)
+            except Exception as error:
+                raise self.dialect.translate(error, connection.dbapi_connection) from error
             if not admission.server.standby:
                 connection.info[_ADMISSION] = admission
         self._check_server(admission.server, connection.info, attempt)
         return admission
+
+    async def _admit_sqlalchemy(self, connection: AsyncConnection, attempt: Attempt) -> None:
+        try:
+            await self._admit(await connection.get_raw_connection(), attempt)
+        except DBAPIError as error:
+            if error.connection_invalidated:
+                await connection.invalidate(error)  # it was not SQLAlchemy that has met the error
+            raise
 
     def _check_server(self, server: Server, info: dict[Any, Any], attempt: Attempt) -> None:
         """Raise UnverifiedError where the server has to be looked at first."""
@@ -429,7 +459,7 @@ class Database:
         self, action: Callable[[AsyncConnection], Awaitable[T]], attempt: Attempt
     ) -> T:
         async with self._only_user(), transaction(self.engine) as connection:
-            await self._admit(await connection.get_raw_connection(), attempt)
+            await self._admit_sqlalchemy(connection, attempt)
             attempt.sent = True
             return await action(connection)
 
@@ -517,8 +547,9 @@ class Shard(Database):
         """Run an operation; while the shard is down, fail at once, but for one probe at a time."""
         if not attempt.about_the_shard:
             self.refuse(writes=writes)
-        if self._outage is None or attempt.probing:
-            outage = 0 if attempt.probing else outage
+        if attempt.probing:  # whether it counts as down is for those to say who ask for the probe
+            return await super()._run(once, attempt, writes=writes, outage=0)
+        if self._outage is None:
             return await self._listen(super()._run(once, attempt, writes=writes, outage=outage))
         if self._outage.probed:
             raise ShardUnavailable(
@@ -554,25 +585,17 @@ class Shard(Database):
         if not server.standby:
             info[_VERIFIED] = True
 
-    async def _verify(self, unknown: UnverifiedError, attempt: Attempt, *, writes: bool) -> None:
+    async def _verify(self, unknown: UnverifiedError, *, writes: bool) -> None:
         """Have a server looked at, once for all who have met it; a failed look is not one."""
-        try:
-            async with self.state.lock("verification"):
-                known = self._server is not None and unknown.server.is_same(self._server)
-                if self.verify is not None and not known:
-                    await self.verify(self)
-                self._server = unknown.server
-                self._looked = asyncio.get_running_loop().time()
-            if not unknown.server.standby:
-                unknown.connection[_VERIFIED] = True
-            self.refuse(writes=writes)
-        except (ShardUnavailable, ShardQuarantined) as error:
-            if attempt.lost and writes:
-                raise OutcomeUnknown(
-                    f"{error}; a write was sent before, and may or may not have taken effect",
-                    shard=self.name,
-                ) from error
-            raise
+        async with self.state.lock("verification"):
+            known = self._server is not None and unknown.server.is_same(self._server)
+            if self.verify is not None and not known:
+                await self.verify(self)
+            self._server = unknown.server
+            self._looked = asyncio.get_running_loop().time()
+        if not unknown.server.standby:
+            unknown.connection[_VERIFIED] = True
+        self.refuse(writes=writes)
 
     async def _listen(self, operation: Awaitable[T]) -> T:
         """Note whether the shard has answered, be it with an error of its own."""
