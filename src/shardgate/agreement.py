@@ -12,15 +12,14 @@ younger than the last recorded change: ownership is then the same in both.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from dataclasses import dataclass
-from types import MappingProxyType
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from shardgate.records import HASH, OWNED
 from shardgate.sql.schema import SCHEMA_VERSION
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterator, Mapping
 
     from shardgate.records import Identity, ShardRecord
     from shardgate.settings import GatewaySettings
@@ -54,32 +53,63 @@ class Contradiction:
     reads: bool = False
 
 
+@dataclass(slots=True)
+class Memory:
+    """What a process has seen of a keyspace: a witness like the shards' peers, and for good.
+
+    ``keyspace_uuid``; the shards' UUIDs by name; and how far their slot maps had come, by UUID.
+    """
+
+    keyspace_uuid: str | None = None
+    uuids: dict[str, str] = field(default_factory=dict)
+    versions: dict[str, int] = field(default_factory=dict)
+
+    def copy(self) -> Memory:
+        """As it is now."""
+        return Memory(self.keyspace_uuid, dict(self.uuids), dict(self.versions))
+
+    def take(self, records: Mapping[str, ShardRecord]) -> None:
+        """Remember what shards say that fit; what is known already of who is who, stays."""
+        for name, record in records.items():
+            self.keyspace_uuid = self.keyspace_uuid or record.identity.keyspace_uuid
+            self.uuids.setdefault(name, record.uuid)
+            self.see(record.uuid, record.identity.map_version)
+            for uuid, peer in record.peers.items():
+                self.uuids.setdefault(peer.name, uuid)
+                self.see(uuid, peer.map_version)
+
+    def see(self, uuid: str, map_version: int) -> None:
+        """Remember that a shard's slot map had come so far."""
+        self.versions[uuid] = max(map_version, self.versions.get(uuid, 0))
+
+
 def contradictions(
-    plan: Plan,
-    answers: Mapping[str, ShardRecord | None],
-    *,
-    seen: Mapping[str, int] = MappingProxyType({}),
+    plan: Plan, answers: Mapping[str, ShardRecord | None], memory: Memory | None = None
 ) -> dict[str, Contradiction]:
     """What is wrong with each of the shards that have answered, by name.
 
     Args:
         plan: what the settings want.
         answers: the shards' records; None for one that has no record.
-        seen: how far the slot maps had come when this process last looked, by UUID.
+        memory: what this process has seen before.
     """
+    memory = memory or Memory()
     records = {name: record for name, record in answers.items() if record is not None}
-    strangers = _mistaken(plan, records)
+    strangers = _mistaken(plan, records, memory)
     known = {name: record for name, record in records.items() if name not in strangers}
-    without = [name for name in answers if name not in records]
+    uuids = known_uuids(known) | memory.uuids
+    without = [name for name in sorted(answers) if name not in records and name in uuids]
+    lost = {name: Contradiction(lost_record(name, uuids[name])) for name in without}
+    behind = dict(_behind(known, memory.versions))
     return {
         **{name: Contradiction(reason) for name, reason in strangers.items()},
-        **{name: Contradiction(reason) for name, reason in _lost(known, without).items()},
+        **lost,
         **{name: Contradiction(reason, reads=True) for name, reason in _usurped(known).items()},
-        **{name: Contradiction(reason, reads=True) for name, reason in _behind(known, seen)},
+        **{name: Contradiction(reason, reads=True) for name, reason in behind.items()},
     }
 
 
-def _mistaken(plan: Plan, records: Mapping[str, ShardRecord]) -> dict[str, str]:
+def _mistaken(plan: Plan, records: Mapping[str, ShardRecord], memory: Memory) -> dict[str, str]:
     """The shards that are not the ones that they are taken for."""
     shape = {"slots": plan.slots, "spread": plan.spread}
     version = {"hash": HASH, "schema_version": SCHEMA_VERSION}
@@ -89,12 +119,12 @@ def _mistaken(plan: Plan, records: Mapping[str, ShardRecord]) -> dict[str, str]:
         if problem := _difference(name, record.identity, wanted):
             problems[name] = problem
     alike = {name: record for name, record in records.items() if name not in problems}
-    family = _family(alike)
+    family = memory.keyspace_uuid or _family(alike)
     for name, record in alike.items():
         if record.identity.keyspace_uuid != family:
             problems[name] = _not_related(name, record.identity, family)
     witnesses = {name: record for name, record in alike.items() if name not in problems}
-    for name, uuid in known_uuids(witnesses).items():
+    for name, uuid in (known_uuids(witnesses) | memory.uuids).items():
         if name in witnesses:
             problem = _difference(name, witnesses[name].identity, {"shard_uuid": uuid})
             problems |= {name: problem} if problem else {}
@@ -146,15 +176,28 @@ def known_uuids(records: Mapping[str, ShardRecord]) -> dict[str, str]:
     return {name: uuids.most_common(1)[0][0] for name, uuids in votes.items()}
 
 
-def _lost(records: Mapping[str, ShardRecord], names: Iterable[str]) -> dict[str, str]:
-    """Those of the named shards, which have no record, that their peers know."""
-    uuids = known_uuids(records)
-    return {
-        name: f"shard {name!r} has no record of its own, but its peers know it as {uuids[name]}: "
-        "is its URL the right one, or was its database emptied?"
-        for name in sorted(names)
-        if name in uuids
-    }
+def lost_record(name: str, uuid: str) -> str:
+    """What to say of a shard that is known and has no record."""
+    return (
+        f"shard {name!r} has no record of its own, but its peers know it as {uuid}: is its URL the "
+        "right one, or was its database emptied?"
+    )
+
+
+def other_shard(name: str, uuid: str | None, wanted: str) -> str:
+    """What to say of a shard that has become another one."""
+    return (
+        f"shard {name!r} says that its shard_uuid is {uuid!r}, but it should be {wanted!r}: is its "
+        "URL the right one?"
+    )
+
+
+def older_copy(name: str, has: int, seen: int) -> str:
+    """What to say of a shard whose slot map has come less far than it had."""
+    return (
+        f"shard {name!r} has version {has} of its slot map, and version {seen} was seen: it was "
+        "restored from an older copy"
+    )
 
 
 def _usurped(records: Mapping[str, ShardRecord]) -> dict[str, str]:
@@ -187,14 +230,9 @@ def _behind(
     """The shards whose slot map has come less far than others remember it."""
     for name, record in records.items():
         has = record.identity.map_version
-        recorded = recorded_version(records, record.uuid)
-        if has < max(recorded, seen.get(record.uuid, 0)):
-            yield (
-                name,
-                f"shard {name!r} has version {has} of its slot map, and version "
-                f"{max(recorded, seen.get(record.uuid, 0))} was seen: it was restored from an "
-                "older copy",
-            )
+        known = max(recorded_version(records, record.uuid), seen.get(record.uuid, 0))
+        if has < known:
+            yield name, older_copy(name, has, known)
 
 
 def recorded_version(records: Mapping[str, ShardRecord], uuid: str) -> int:

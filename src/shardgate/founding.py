@@ -57,7 +57,7 @@ async def create(plan: Plan, shards: Mapping[str, Shard]) -> None:
         ShardUnavailable: a shard does not answer. Run it again; nothing is decided twice.
         OwnershipConflict: a shard is of another keyspace, or has lost its record.
     """
-    reading = await consult(plan, shards, seen={})
+    reading = await consult(plan, shards)
     for unavailable in reading.down.values():
         raise unavailable
     _refuse(plan, reading.wrong)

@@ -6,7 +6,8 @@ the slot has gone; where that leads nowhere, all shards are read afresh.
 
 A shard that contradicts its peers is put in quarantine: nothing is written there, and the others
 serve. It is looked at when the map is read, when a connection leads to a server that has not been
-seen before (after a restart, a failover, a restore), and again while it is in quarantine.
+seen before (after a restart, a failover, a restore), and again while it is in quarantine. What this
+process has seen is a witness too: a quarantine is not lifted because the others cannot be asked.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ import logging
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import count
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from shardgate.agreement import contradictions
+from shardgate.agreement import Contradiction, Memory, lost_record, older_copy, other_shard
 from shardgate.errors import (
     OutcomeUnknown,
     OwnershipConflict,
+    ShardgateError,
     ShardQuarantined,
     ShardUnavailable,
     TenantRefused,
@@ -29,23 +32,25 @@ from shardgate.errors import (
 )
 from shardgate.founding import create
 from shardgate.purge import end_purge, purge_all
-from shardgate.records import ADMITTED, DRAINING, OWNED, admit, owned_slots, read_record, standing
+from shardgate.records import ADMITTED, DRAINING, OWNED, admit, owned_slots, standing, testify
 from shardgate.router import route
 from shardgate.settling import together
-from shardgate.shards import Quarantine, ask_all
-from shardgate.slotmap import Reading, conflict, consult, map_of, not_named, unnamed_owners
+from shardgate.shards import UNANSWERED, Quarantine, ask_all
+from shardgate.slotmap import conflict, consult, map_of, not_named, unnamed_owners
 from shardgate.slots import from_signed, slot_of, tenant_slots
 from shardgate.sql.dialect import Guard, Key
 from shardgate.sql.transactions import RefusedError
 from shardgate.store import Place, Store
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Mapping
+    from collections.abc import Awaitable, Callable, Iterator, Mapping
 
     from shardgate.agreement import Plan
-    from shardgate.records import ShardRecord, Standing
+    from shardgate.records import Standing
     from shardgate.router import Route
     from shardgate.shards import Shard
+    from shardgate.slotmap import Reading
+    from shardgate.sql.dialect import Admission
     from shardgate.sql.transactions import Listed, SessionInfo
     from shardgate.topology import KeyspaceMap
 
@@ -55,10 +60,14 @@ logger = logging.getLogger("shardgate")
 
 _POLL = 0.02
 """Seconds between two looks at a slot that is being moved, or that nobody seems to have."""
-_GLANCE_SECONDS = 2.0
-"""How long a shard's peers are waited for when it is compared with them."""
-_QUARANTINE_SECONDS = 5.0
-"""After how long a shard in quarantine is looked at again, if it is asked for."""
+_LOOK_SECONDS, _LOOK_SHARE = 2.0, 0.25
+"""How long a shard is waited for when others are to be compared with it: so many seconds, and no
+more than this part of the deadline."""
+_QUARANTINE_SECONDS, _IDLE_SHARE = 5.0, 20
+"""After how long a shard in quarantine is looked at again, if it is asked for: so many seconds, and
+so many times as long as the last look has taken."""
+_LONG_DRAIN = 25
+"""After so many polls, a slot that is being moved is looked for elsewhere, too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,9 +98,11 @@ class Keyspace:
         }
         self._creates = creates
         self._deadline = deadline
+        self._look_seconds = min(_LOOK_SECONDS, _LOOK_SHARE * deadline)
         self._loading: asyncio.Task[KeyspaceMap] | None = None
+        self._loading_took = 0.0
         self._owned: dict[str, tuple[int, frozenset[int]]] = {}
-        self._seen: dict[str, int] = {}
+        self._memory = Memory()
         for shard in shards.values():
             shard.verify = self._verify
 
@@ -102,8 +113,11 @@ class Keyspace:
 
     async def examine(self) -> Reading:
         """Read and compare what all shards say, and act on it."""
-        reading = await consult(self.plan, self.shards, seen=self._seen)
-        self._judge(reading)
+        began = asyncio.get_running_loop().time()
+        # At first, whoever is slow is waited for: without a map nothing can be done.
+        seconds = None if self.map is None else max(self._look_seconds, self._loading_took)
+        reading = await consult(self.plan, self.shards, self._memory, seconds=seconds)
+        self._judge(reading, began)
         return reading
 
     async def known(self) -> KeyspaceMap:
@@ -115,6 +129,7 @@ class Keyspace:
         if self._loading is not None:
             self._loading.cancel()
             await asyncio.wait([self._loading])
+        await together(shard.end_looks() for shard in self.shards.values())
         await together(map(end_purge, self.shards.values()))
 
     async def purge(self) -> dict[str, int]:
@@ -128,19 +143,40 @@ class Keyspace:
         """Run ``act`` where the session lives, following it for as long as the deadline allows.
 
         Raises:
+            OutcomeUnknown: a write was sent, and whatever came of it after that, nobody has said
+                whether it took effect.
             OwnershipConflict: no shard that answers owns the session's slot, or one that the
                 settings do not have.
             ShardQuarantined: the shard is not the one that it is taken for.
             TenantRefused: the tenant is not admitted there.
         """
+        unanswered: list[str] = []
+        token = UNANSWERED.set(unanswered)
+        try:
+            return await self._follow_session(tenant_id, session_id, act)
+        except ShardgateError as error:
+            if not unanswered or isinstance(error, OutcomeUnknown):
+                raise
+            raise OutcomeUnknown(
+                f"{error}; a write was sent to shard {unanswered[0]!r} before, and may or may not "
+                "have taken effect",
+                shard=unanswered[0],
+            ) from error
+        finally:
+            UNANSWERED.reset(token)
+
+    async def _follow_session(
+        self, tenant_id: str, session_id: str, act: Callable[[Store, Place], Awaitable[T]]
+    ) -> T:
         clock = asyncio.get_running_loop().time
         give_up = clock() + self._deadline
+        polls = count(1)
         while True:
             known = await self.known()
             where = route(known, tenant_id, session_id)
             if where.shard not in self.shards:
                 raise self._not_named(known, where.shard)
-            await self._reconsider(self.shards[where.shard])
+            self._reconsider(self.shards[where.shard])
             guard = Guard(where.slot, known.uuids[where.shard])
             place = Place(Key(tenant_id, session_id, where.h), guard)
             try:
@@ -148,17 +184,13 @@ class Keyspace:
             except RefusedError:
                 if clock() > give_up:
                     raise self._nobody_has(where) from None
-            except (ShardQuarantined, OutcomeUnknown) as error:
-                found_out = isinstance(error, ShardQuarantined) or isinstance(
-                    error.__cause__, ShardQuarantined
-                )
+            except ShardQuarantined:
+                # The inquiry that has found it out has also told where the session lives by now.
                 now = await self.known()
-                if not found_out or route(now, tenant_id, session_id).shard == where.shard:
+                if route(now, tenant_id, session_id).shard == where.shard:
                     raise
-                # The same inquiry has told where the session lives by now. An operation that was
-                # sent before has taken its op there, if it took effect.
                 continue
-            await self._learn(known, where, tenant_id)
+            await self._learn(known, where, tenant_id, polls)
 
     async def survey(
         self, tenant_id: str, *, limit: int, after: Any, partial_: bool
@@ -204,7 +236,7 @@ class Keyspace:
         These are remembered by the version of its slot map. Where it has changed they are read, and
         the page is asked for again.
         """
-        await self._reconsider(self.shards[name])
+        self._reconsider(self.shards[name])
         sessions: list[SessionInfo] = []
         place = after
         while True:
@@ -232,7 +264,9 @@ class Keyspace:
         slots = self.plan.slots
         return [info for h, info in listed.sessions if slot_of(from_signed(h), slots) in owned]
 
-    async def _learn(self, known: KeyspaceMap, where: Route, tenant_id: str) -> None:
+    async def _learn(
+        self, known: KeyspaceMap, where: Route, tenant_id: str, polls: Iterator[int]
+    ) -> None:
         """Find out why the guard failed, and what to do about it."""
         if self.shards[where.shard].quarantine is not None and self.map is known:
             self.shards[where.shard].refuse(writes=True)  # what it says of the slot is out of date
@@ -244,6 +278,8 @@ class Keyspace:
             raise self._not_itself(where.shard, said.shard_uuid)
         if said.slot is not None and said.slot.owner == own:
             await self._wait_or_admit(where.shard, said, tenant_id)
+            if said.slot.state == DRAINING and next(polls) % _LONG_DRAIN == 0:
+                await self._read()  # who moves it may have died after the target has got it
             return
         if not self._follow(known, where, said):
             await self._read()
@@ -287,11 +323,14 @@ class Keyspace:
             keyspace=self.plan.keyspace,
         )
 
-    async def _read(self) -> KeyspaceMap:
+    async def _read(self, *, afresh: bool = False) -> KeyspaceMap:
         """Read the map afresh, once for all who ask meanwhile.
 
         They share the outcome: to ask again one after the other would outlast their deadlines.
+        ``afresh``: what is being read already does not count, it may be older than the question.
         """
+        if afresh and self._loading is not None:
+            await asyncio.wait([self._loading])
         loading = self._loading or self._start_loading()
         await asyncio.wait([loading])
         if loading.cancelled():
@@ -316,69 +355,116 @@ class Keyspace:
         return await self._load_map()
 
     async def _load_map(self) -> KeyspaceMap:
+        clock = asyncio.get_running_loop().time
+        began = clock()
         known = map_of(self.plan, await self.examine())
+        self._loading_took = clock() - began
         for problem in unnamed_owners(self.plan, known).values():
             logger.error("keyspace %r: %s", self.plan.keyspace, problem)
         self.map = known
         return known
 
-    def _judge(self, reading: Reading) -> None:
+    def _judge(self, reading: Reading, began: float) -> None:
         """Put the shards that contradict the others in quarantine, and let the others out."""
+        fits = {
+            name: record for name, record in reading.created.items() if name not in reading.wrong
+        }
+        self._memory.take(fits)
+        self._inform()
         now = asyncio.get_running_loop().time()
-        for name in reading.records:
+        for name, record in reading.records.items():
             shard, wrong = self.shards[name], reading.wrong.get(name)
             before = shard.quarantine
-            if wrong is None:
-                shard.judge(None)
-                if before is not None:
-                    logger.warning("shard %r is out of quarantine", name)
-                continue
-            shard.judge(Quarantine(wrong.reason, wrong.reads, now))
-            if before is None or before.reason != wrong.reason:
-                logger.error("shard %r is in quarantine: %s", name, wrong.reason)
-        self._remember(reading)
+            verdict = None if wrong is None else Quarantine(wrong.reason, wrong.reads, now)
+            shard.judge(verdict, None if record is None else record.server, began=began)
+            self._tell(shard, before)
 
-    def _remember(self, reading: Reading) -> None:
-        for uuid, version in reading.versions.items():
-            self._seen[uuid] = max(version, self._seen.get(uuid, 0))
+    def _inform(self) -> None:
+        """Have the shards know which ones they are, and how far they have come."""
+        for name, shard in self.shards.items():
+            shard.uuid = self._memory.uuids.get(name)
+            shard.map_version = self._memory.versions.get(shard.uuid or "", 0)
 
-    async def _reconsider(self, shard: Shard) -> None:
-        """Look again at a shard that has been in quarantine for a while: it may be mended."""
+    def _tell(self, shard: Shard, before: Quarantine | None) -> None:
+        now = shard.quarantine
+        if now is None and before is not None:
+            logger.warning("shard %r is out of quarantine", shard.name)
+        elif now is not None and (before is None or before.reason != now.reason):
+            logger.error("shard %r is in quarantine: %s", shard.name, now.reason)
+
+    def _reconsider(self, shard: Shard) -> None:
+        """Have a shard looked at again that was in quarantine for a while: it may be mended."""
         quarantine = shard.quarantine
-        now = asyncio.get_running_loop().time()
-        if quarantine is not None and now - quarantine.since > _QUARANTINE_SECONDS:
-            await self._read()
+        if quarantine is None or self._loading is not None:
+            return
+        waited = asyncio.get_running_loop().time() - quarantine.since
+        if waited > max(_QUARANTINE_SECONDS, _IDLE_SHARE * self._loading_took):
+            self._start_loading()
 
-    async def _verify(self, shard: Shard) -> None:
-        """Compare a shard that is on another server than before with its peers.
+    async def _verify(self, shard: Shard, admission: Admission) -> None:
+        """Compare a shard that is on another server than before with its peers, by what it has said
+        on the very connection that is in question.
 
         Where no peer answers, it is believed if it is not behind what this process has seen: else
         the death of one shard would take down another one that was only restarted.
         """
-        answers, down = await ask_all(
-            {name: self._glance(peer, shard) for name, peer in self.shards.items()}
+        began = asyncio.get_running_loop().time()
+        peers = {name: peer for name, peer in self.shards.items() if name != shard.name}
+        about = self._memory.uuids.get(shard.name, "")
+        answers, _ = await ask_all(
+            {
+                name: testify(peer, about, seconds=self._look_seconds)
+                for name, peer in peers.items()
+                if peer.quarantine is None
+            }
         )
-        if shard.name in down:
-            raise down[shard.name]
-        wrong = contradictions(self.plan, answers, seen=self._seen)
-        if wrong or shard.quarantine is not None:
-            await self._read()
+        said = [
+            answer
+            for name, answer in answers.items()
+            if answer is not None and answer.shard_uuid == self._memory.uuids.get(name)
+        ]
+        for answer in said if about else ():
+            self._memory.see(about, answer.recorded or 0)
+        wrong = self._contradiction(shard, admission)
+        if wrong is not None:
+            await self._condemn(shard, admission, wrong)
             return
-        if len(answers) == 1 < len(self.shards):
+        versions = self._memory.versions
+        if any(answer.map_version != versions.get(answer.shard_uuid) for answer in said):
+            await self._read(afresh=True)  # somebody may have come to own what was this shard's
+        if not said and peers:
             logger.warning(
                 "shard %r is on another server than before, and none of its peers answers: it is "
                 "believed, because it is not behind what this process has seen",
                 shard.name,
             )
-        self._remember(Reading(answers, down, wrong))
+        if shard.quarantine is None:
+            if about:
+                self._memory.see(about, admission.map_version)
+            self._inform()
+            shard.judge(None, admission.server, began=began)
 
-    async def _glance(self, shard: Shard, suspect: Shard) -> ShardRecord | None:
-        """What a shard says of itself and its peers, without its slots."""
-        try:
-            async with asyncio.timeout(None if shard is suspect else _GLANCE_SECONDS):
-                return await read_record(shard, rows=False, probing=shard is suspect)
-        except TimeoutError as error:
-            raise ShardUnavailable(
-                f"shard {shard.name!r} did not answer within {_GLANCE_SECONDS:g} seconds",
-                shard=shard.name,
-            ) from error
+    def _contradiction(self, shard: Shard, admission: Admission) -> Contradiction | None:
+        """What is wrong with what a shard has said on a connection, by all that is known of it."""
+        known = self._memory.uuids.get(shard.name)
+        if known is None:
+            return None
+        if admission.shard_uuid is None:
+            return Contradiction(lost_record(shard.name, known))
+        if admission.shard_uuid != known:
+            return Contradiction(other_shard(shard.name, admission.shard_uuid, known))
+        seen = self._memory.versions.get(known, 0)
+        if admission.map_version < seen:
+            return Contradiction(older_copy(shard.name, admission.map_version, seen), reads=True)
+        return None
+
+    async def _condemn(self, shard: Shard, admission: Admission, wrong: Contradiction) -> None:
+        """Put a shard in quarantine, and find out who owns its slots by now."""
+        now = asyncio.get_running_loop().time()
+        before = shard.quarantine
+        verdict = Quarantine(wrong.reason, wrong.reads, now)
+        shard.judge(verdict, admission.server, began=now)
+        self._inform()
+        self._tell(shard, before)
+        with suppress(ShardgateError):
+            await self._read(afresh=True)

@@ -9,25 +9,30 @@ Nothing here judges what it reads: see ``agreement``.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import asyncio
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from sqlalchemy import and_, insert, inspect, select, update
 from sqlalchemy.exc import IntegrityError
 
+from shardgate.errors import ShardUnavailable
 from shardgate.settling import together
 from shardgate.shards import ask_all
 from shardgate.sql.transactions import utc_now
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Awaitable, Mapping
 
     from sqlalchemy.ext.asyncio import AsyncConnection
 
     from shardgate.errors import ShardgateError
     from shardgate.shards import Shard
+    from shardgate.sql.dialect import Server
     from shardgate.sql.schema import Tables
+
+T = TypeVar("T")
 
 HASH = "mmh3-x64-128-low64/1"
 """How ``h`` is made; a keyspace made in another way must not be written to."""
@@ -75,12 +80,13 @@ class SlotRow:
 class ShardRecord:
     """All that a shard knows: of itself, of its peers (by UUID), and of every slot.
 
-    ``rows`` are missing where only the rest was asked for.
+    ``server`` is the one that has said so.
     """
 
     identity: Identity
     peers: Mapping[str, Peer]
     rows: tuple[SlotRow, ...] = ()
+    server: Server | None = None
 
     @property
     def uuid(self) -> str:
@@ -88,19 +94,13 @@ class ShardRecord:
         return self.identity.shard_uuid
 
 
-async def read_record(
-    shard: Shard, *, rows: bool = True, probing: bool = False
-) -> ShardRecord | None:
-    """A shard's record; None where no keyspace has been created on it yet.
-
-    ``rows``: with those of all slots. ``probing``: even while the shard counts as down.
-    """
-    return await shard.ask(
-        lambda connection: _read(connection, shard.tables, rows=rows), probing=probing
-    )
+async def read_record(shard: Shard) -> ShardRecord | None:
+    """A shard's record; None where no keyspace has been created on it yet."""
+    record, server = await shard.ask_where(lambda connection: _read(connection, shard.tables))
+    return None if record is None else replace(record, server=server)
 
 
-async def _read(connection: AsyncConnection, tables: Tables, *, rows: bool) -> ShardRecord | None:
+async def _read(connection: AsyncConnection, tables: Tables) -> ShardRecord | None:
     schema = tables.metadata.schema
     if not await connection.run_sync(
         lambda sync: inspect(sync).has_table(tables.shard.name, schema=schema)
@@ -114,7 +114,7 @@ async def _read(connection: AsyncConnection, tables: Tables, *, rows: bool) -> S
     return ShardRecord(
         identity=identity,
         peers={uuid: Peer(name, version) for uuid, name, version in peers},
-        rows=await read_rows(connection, tables) if rows else (),
+        rows=await read_rows(connection, tables),
     )
 
 
@@ -133,10 +133,51 @@ async def read_rows(connection: AsyncConnection, tables: Tables) -> tuple[SlotRo
 
 
 async def read_records(
-    shards: Mapping[str, Shard],
+    shards: Mapping[str, Shard], *, seconds: float | None = None
 ) -> tuple[dict[str, ShardRecord | None], dict[str, ShardgateError]]:
-    """All shards' records, asked at the same time, and the shards that did not answer."""
-    return await ask_all({name: read_record(shard) for name, shard in shards.items()})
+    """All shards' records, asked at the same time, and the shards that did not answer.
+
+    ``seconds``: how long each of them is waited for, if less than its deadline.
+    """
+    return await ask_all(
+        {name: _in_time(shard, read_record(shard), seconds) for name, shard in shards.items()}
+    )
+
+
+async def _in_time(shard: Shard, answer: Awaitable[T], seconds: float | None) -> T:
+    try:
+        async with asyncio.timeout(seconds):
+            return await answer
+    except TimeoutError as error:
+        raise ShardUnavailable(
+            f"shard {shard.name!r} did not answer within {seconds:g} seconds", shard=shard.name
+        ) from error
+
+
+@dataclass(frozen=True, slots=True)
+class Testimony:
+    """What a shard says of a peer: how far its slot map had come, as recorded (None: it does not
+    know it); and how far its own has."""
+
+    recorded: int | None
+    shard_uuid: str
+    map_version: int
+
+
+async def testify(shard: Shard, about: str, *, seconds: float) -> Testimony | None:
+    """Ask a shard about a peer, in one statement; None if it has no record of itself."""
+
+    async def act(connection: AsyncConnection) -> Testimony | None:
+        own, peers = shard.tables.shard, shard.tables.peers
+        row = await connection.execute(
+            select(peers.c.map_version, own.c.shard_uuid, own.c.map_version).select_from(
+                own.outerjoin(peers, peers.c.shard_uuid == about)
+            )
+        )
+        found = row.one_or_none()
+        return None if found is None else Testimony(*found)
+
+    return await _in_time(shard, shard.ask(act), seconds)
 
 
 async def lock_map(connection: AsyncConnection, tables: Tables) -> None:

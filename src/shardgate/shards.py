@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import random
 from contextlib import asynccontextmanager, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
@@ -27,13 +28,14 @@ from shardgate.errors import (
     ShardgateError,
     ShardQuarantined,
     ShardUnavailable,
+    TransientError,
 )
 from shardgate.settling import settle
 from shardgate.sql.create import create_tables, transaction, verify_tables
 
 if TYPE_CHECKING:
     import threading
-    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+    from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping
 
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
     from sqlalchemy.pool import PoolProxiedConnection
@@ -41,7 +43,7 @@ if TYPE_CHECKING:
     from shardgate.sql.dialect import Admission, Server
     from shardgate.sql.schema import TableNames, Tables
 
-    Verify = Callable[["Shard"], Awaitable[None]]
+    Verify = Callable[["Shard", Admission], Coroutine[Any, Any, None]]
 
 T = TypeVar("T")
 
@@ -55,7 +57,12 @@ CANCELLED_SECONDS = 10.0
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.002, 0.1
 _POLL = 0.005
 _SINGLE_CONNECTION = (StaticPool, AssertionPool, SingletonThreadPool)
-_ADMISSION, _VERIFIED = "shardgate.admission", "shardgate.verified"
+_ADMISSION = "shardgate.admission"
+
+UNANSWERED: ContextVar[list[str] | None] = ContextVar("UNANSWERED", default=None)
+"""Where a caller of several operations that are one to his own caller notes that one of them, a
+write, was sent without an answer (the shard's name): whatever happens after that, it may have taken
+effect."""
 
 
 class Attempt:
@@ -64,17 +71,17 @@ class Attempt:
     ``sent``: the attempt under way has reached the driver. ``lost``: an attempt that was sent has
     not been answered, so it may have taken effect. ``began``: when the attempt under way began, by
     the event loop's clock. ``about_the_shard``: it asks what a shard is, or tells it, so it does
-    not depend on the answer; ``probing``: even while the shard is down.
+    not depend on the answer. ``server`` is the one that the attempt has led to.
     """
 
-    __slots__ = ("about_the_shard", "began", "lost", "probing", "sent")
+    __slots__ = ("about_the_shard", "began", "lost", "sent", "server")
 
-    def __init__(self, *, about_the_shard: bool = False, probing: bool = False) -> None:
+    def __init__(self, *, about_the_shard: bool = False) -> None:
         self.sent = False
         self.lost = False
         self.began = 0.0
         self.about_the_shard = about_the_shard
-        self.probing = probing
+        self.server: Server | None = None
 
 
 class UnverifiedError(ShardgateError):
@@ -83,8 +90,8 @@ class UnverifiedError(ShardgateError):
     ``connection`` is what the pool remembers of it.
     """
 
-    def __init__(self, server: Server, connection: dict[Any, Any]) -> None:
-        self.server = server
+    def __init__(self, admission: Admission, connection: dict[Any, Any]) -> None:
+        self.admission = admission
         self.connection = connection
         super().__init__("the server has not been verified")
 
@@ -215,7 +222,7 @@ class Database:
         attempt = attempt or Attempt()
         return await settle(
             self._run(once, attempt, writes=writes),
-            grace=CANCELLED_SECONDS,
+            grace=CANCELLED_SECONDS if writes else 0,
             begun=lambda: attempt.sent or attempt.lost,
         )
 
@@ -245,19 +252,18 @@ class Database:
                         self.state.answered = asyncio.get_running_loop().time()
                         return answer
                     await patience.pause()
-        except (ShardUnavailable, ShardQuarantined) as error:
-            if attempt.lost and writes:
-                raise OutcomeUnknown(
-                    f"{error}; a write was sent before, and may or may not have taken effect",
-                    shard=error.shard,
-                ) from error
-            raise
         except Exception as error:
             foreseen = isinstance(error, DBAPIError | PoolTimeout | OSError)
             if not foreseen and (attempt.sent or isinstance(error, ShardgateError)):
                 raise
             lost = attempt.lost or (attempt.sent and isinstance(error, TimeoutError))
             self._fail(error, sent=attempt.sent, unknown=lost and writes)
+        finally:
+            if attempt.lost and writes:
+                self._note_unanswered()
+
+    def _note_unanswered(self) -> None:
+        """Note that a write was sent without an answer, whatever has come of the attempts after."""
 
     async def _verified(
         self, unknown: UnverifiedError, patience: Patience, *, writes: bool
@@ -354,6 +360,7 @@ class Database:
         """What there is to know of a connection before it is used: asked once for each.
 
         A standby's is asked again each time: it may become another server without a new connection.
+        So is that of a shard that was not created yet.
         """
         admission: Admission | None = connection.info.get(_ADMISSION)
         if admission is None:
@@ -361,9 +368,11 @@ class Database:
                 admission = await self.dialect.admit(connection.driver_connection)
             except Exception as error:
                 raise self.dialect.translate(error, connection.dbapi_connection) from error
-            if not admission.server.standby:
+            created = admission.shard_uuid is not None or not self.tables.of_gateway
+            if created and not admission.server.standby:
                 connection.info[_ADMISSION] = admission
-        self._check_server(admission.server, connection.info, attempt)
+        attempt.server = admission.server
+        self._check_server(admission, connection.info, attempt)
         return admission
 
     async def _admit_sqlalchemy(self, connection: AsyncConnection, attempt: Attempt) -> None:
@@ -374,7 +383,7 @@ class Database:
                 await connection.invalidate(error)  # it was not SQLAlchemy that has met the error
             raise
 
-    def _check_server(self, server: Server, info: dict[Any, Any], attempt: Attempt) -> None:
+    def _check_server(self, admission: Admission, info: dict[Any, Any], attempt: Attempt) -> None:
         """Raise UnverifiedError where the server has to be looked at first."""
 
     @asynccontextmanager
@@ -495,10 +504,16 @@ class Quarantine:
 class Shard(Database):
     """A named database of a gateway: operations have a deadline, and errors name the shard.
 
+    A connection that leads to another server than the last one that was looked at, to another shard
+    than ``uuid``, or to one whose slot map has come less far than ``map_version``, carries nothing
+    before ``verify`` has looked at it.
+
     Attributes:
         quarantine: why it must not be used, if that is so.
-        verify: is called when a connection leads to a server that was not seen before; it sets or
-            lifts the quarantine, or raises ShardUnavailable. None: any server will do.
+        uuid: which shard it is, as far as is known.
+        map_version: how far its slot map has come at least.
+        verify: puts the shard in quarantine if it contradicts its peers, or raises
+            ShardUnavailable. None: any server will do.
     """
 
     def __init__(self, name: str, engine: AsyncEngine, tables: Tables, *, deadline: float) -> None:
@@ -506,35 +521,54 @@ class Shard(Database):
         self.name = name
         self.deadline = deadline
         self.quarantine: Quarantine | None = None
+        self.uuid: str | None = None
+        self.map_version = 0
         self.verify: Verify | None = None
         self._server: Server | None = None
-        self._asked: Server | None = None
         self._looked = 0.0
+        self._looks: dict[Admission, asyncio.Task[None]] = {}
+        self._verified_mark = object()  # other shards may use the same pool
         self._outage: Outage | None = None
 
     def __repr__(self) -> str:
         return f"Shard({self.name!r})"
 
-    async def ask(
-        self, action: Callable[[AsyncConnection], Awaitable[T]], *, probing: bool = False
-    ) -> T:
-        """As :meth:`query`, of whoever answers there: to find out what it is.
+    async def ask(self, action: Callable[[AsyncConnection], Awaitable[T]]) -> T:
+        """As :meth:`query`, of whoever answers there: to find out what it is."""
+        answer, _ = await self.ask_where(action)
+        return answer
 
-        ``probing``: even while the shard counts as down.
-        """
-        attempt = Attempt(about_the_shard=True, probing=probing)
-        return await self._settled(partial(self._query, action), writes=False, attempt=attempt)
+    async def ask_where(
+        self, action: Callable[[AsyncConnection], Awaitable[T]]
+    ) -> tuple[T, Server | None]:
+        """As :meth:`ask`, with the server that has answered."""
+        attempt = Attempt(about_the_shard=True)
+        once = partial(self._query, action)
+        return await self._settled(once, writes=False, attempt=attempt), attempt.server
 
     async def tell(self, action: Callable[[AsyncConnection], Awaitable[T]]) -> T:
         """As :meth:`transact`, whatever answers there: to make it what it is to be."""
         attempt = Attempt(about_the_shard=True)
         return await self._settled(partial(self._transaction, action), attempt=attempt)
 
-    def judge(self, quarantine: Quarantine | None) -> None:
-        """Take what was found out about the shard, by asking it on the server last asked."""
+    def judge(self, quarantine: Quarantine | None, server: Server | None, *, began: float) -> None:
+        """Take what was found out about the shard on a server, by a look that ``began`` then.
+
+        A look that began before the last one has ended is out of date.
+        """
+        if began < self._looked:
+            return
         self.quarantine = quarantine
-        self._server = self._asked
+        self._server = server
         self._looked = asyncio.get_running_loop().time()
+
+    async def end_looks(self) -> None:
+        """End what goes on in the background."""
+        looks = list(self._looks.values())
+        for look in looks:
+            look.cancel()
+        if looks:
+            await asyncio.wait(looks)
 
     async def _run(
         self,
@@ -547,8 +581,6 @@ class Shard(Database):
         """Run an operation; while the shard is down, fail at once, but for one probe at a time."""
         if not attempt.about_the_shard:
             self.refuse(writes=writes)
-        if attempt.probing:  # whether it counts as down is for those to say who ask for the probe
-            return await super()._run(once, attempt, writes=writes, outage=0)
         if self._outage is None:
             return await self._listen(super()._run(once, attempt, writes=writes, outage=outage))
         if self._outage.probed:
@@ -570,32 +602,52 @@ class Shard(Database):
                 shard=self.name,
             )
 
+    def _note_unanswered(self) -> None:
+        unanswered = UNANSWERED.get()
+        if unanswered is not None:
+            unanswered.append(self.name)
+
     def _connection_lost(self, attempt: Attempt) -> None:
         """An attempt from before the last look tells nothing new."""
         if attempt.began > self._looked:
             self._server = None
 
-    def _check_server(self, server: Server, info: dict[Any, Any], attempt: Attempt) -> None:
-        if attempt.about_the_shard:
-            self._asked = server
-        if self.verify is None or attempt.about_the_shard or info.get(_VERIFIED):
+    def _check_server(self, admission: Admission, info: dict[Any, Any], attempt: Attempt) -> None:
+        if self.verify is None or attempt.about_the_shard or self._verified_mark in info:
             return
-        if self._server is None or not server.is_same(self._server):
-            raise UnverifiedError(server, info)
-        if not server.standby:
-            info[_VERIFIED] = True
+        known = self._server is not None and admission.server.is_same(self._server)
+        fits = admission.shard_uuid == self.uuid and admission.map_version >= self.map_version
+        if not (known and fits):
+            raise UnverifiedError(admission, info)
+        self._mark(admission, info)
+
+    def _mark(self, admission: Admission, info: dict[Any, Any]) -> None:
+        if not admission.server.standby:
+            info[self._verified_mark] = True
 
     async def _verify(self, unknown: UnverifiedError, *, writes: bool) -> None:
-        """Have a server looked at, once for all who have met it; a failed look is not one."""
-        async with self.state.lock("verification"):
-            known = self._server is not None and unknown.server.is_same(self._server)
-            if self.verify is not None and not known:
-                await self.verify(self)
-            self._server = unknown.server
-            self._looked = asyncio.get_running_loop().time()
-        if not unknown.server.standby:
-            unknown.connection[_VERIFIED] = True
+        """Have a connection's server looked at, once for all who have met it.
+
+        The look goes on when its callers' time is up: else it might never come to an end.
+        """
+        admission = unknown.admission
+        look = self._looks.get(admission)
+        if look is None and self.verify is not None:
+            look = asyncio.create_task(self.verify(self, admission))
+            self._looks[admission] = look
+            look.add_done_callback(partial(self._forget_look, admission))
+        if look is not None:
+            await asyncio.wait([look])
+            if look.cancelled():
+                raise ShardUnavailable(f"shard {self.name!r} has been closed", shard=self.name)
+            look.result()
         self.refuse(writes=writes)
+        self._mark(admission, unknown.connection)
+
+    def _forget_look(self, admission: Admission, look: asyncio.Task[None]) -> None:
+        del self._looks[admission]
+        if not look.cancelled():
+            look.exception()  # retrieved, in case that everybody who waited has gone
 
     async def _listen(self, operation: Awaitable[T]) -> T:
         """Note whether the shard has answered, be it with an error of its own."""
@@ -645,13 +697,14 @@ async def ask_all(
 ) -> tuple[dict[str, T], dict[str, ShardgateError]]:
     """Ask several shards at the same time: the answers by name, and the shards without one.
 
-    Any other error than a shard's absence, or its quarantine, is raised, once all have answered.
+    A shard that refuses, or is in quarantine, has not answered: that is its own trouble. Any other
+    error is raised, once all have answered.
     """
     outcomes = await asyncio.gather(*operations.values(), return_exceptions=True)
     answers: dict[str, T] = {}
     down: dict[str, ShardgateError] = {}
     for name, outcome in zip(operations, outcomes, strict=True):
-        if isinstance(outcome, ShardUnavailable | ShardQuarantined):
+        if isinstance(outcome, TransientError | OperatorError):
             down[name] = outcome
         elif isinstance(outcome, BaseException):
             raise outcome

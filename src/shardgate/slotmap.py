@@ -7,14 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from shardgate.agreement import contradictions
 from shardgate.errors import KeyspaceNotCreated, OwnershipConflict
-from shardgate.records import CLAIMING, read_record, read_records
-from shardgate.shards import ask_all
+from shardgate.records import CLAIMING, read_records
 from shardgate.topology import KeyspaceMap
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from shardgate.agreement import Contradiction, Plan
+    from shardgate.agreement import Contradiction, Memory, Plan
     from shardgate.errors import ShardgateError
     from shardgate.records import ShardRecord
     from shardgate.shards import Shard
@@ -45,32 +44,30 @@ class Reading:
             if name not in self.wrong or self.wrong[name].reads
         }
 
-    @property
-    def versions(self) -> dict[str, int]:
-        """How far the slot maps have come, by UUID, by all that was said of them."""
-        versions: dict[str, int] = {}
-        for record in self.usable.values():
-            own = {record.uuid: record.identity.map_version}
-            peers = {uuid: peer.map_version for uuid, peer in record.peers.items()}
-            for uuid, version in (own | peers).items():
-                versions[uuid] = max(version, versions.get(uuid, 0))
-        return versions
 
-
-async def consult(plan: Plan, shards: Mapping[str, Shard], *, seen: Mapping[str, int]) -> Reading:
-    """Read the shards' records and compare them.
+async def consult(
+    plan: Plan,
+    shards: Mapping[str, Shard],
+    memory: Memory | None = None,
+    *,
+    seconds: float | None = None,
+) -> Reading:
+    """Read the shards' records and compare them with each other and with what was seen before.
 
     They are not read in one moment: a change in between looks like a contradiction. So whoever
     contradicts is asked again, and what has happened meanwhile is no longer held against him.
+    ``seconds``: how long each shard is waited for, if less than its deadline.
     """
-    answers, down = await read_records(shards)
-    suspects = contradictions(plan, answers, seen=seen)
-    if suspects:
-        again, _ = await ask_all({name: read_record(shards[name]) for name in suspects})
+    before = None if memory is None else memory.copy()
+    answers, down = await read_records(shards, seconds=seconds)
+    wrong = contradictions(plan, answers, before)
+    if wrong:
+        suspects = {name: shards[name] for name in wrong}
+        again, _ = await read_records(suspects, seconds=seconds)
         answers |= again
-        still = contradictions(plan, answers, seen=seen)
-        suspects = {name: still[name] for name in suspects if name in still}
-    return Reading(answers, down, suspects)
+        still = contradictions(plan, answers, before)
+        wrong = {name: still[name] for name in wrong if name in still}
+    return Reading(answers, down, wrong)
 
 
 def map_of(plan: Plan, reading: Reading) -> KeyspaceMap:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from shardgate.agreement import Plan, contradictions
+from shardgate.agreement import Memory, Plan, contradictions
 from shardgate.errors import OwnershipConflict
 from shardgate.records import HASH, Identity, Peer, ShardRecord, SlotRow
 from shardgate.slotmap import build_map, unnamed_owners
@@ -195,8 +195,8 @@ def test_an_older_copy_is_behind_what_its_peers_have_recorded() -> None:
 
 def test_an_older_copy_is_behind_what_this_process_has_seen() -> None:
     alone = {"b": _changed(_record("b", "aabb"), map_version=2)}
-    assert list(_wrong(dict(alone), seen={UUID["b"]: 3})) == ["b"]
-    assert _wrong(dict(alone), seen={UUID["b"]: 2, UUID["a"]: 9}) == {}
+    assert list(_wrong(dict(alone), memory=Memory(versions={UUID["b"]: 3}))) == ["b"]
+    assert _wrong(dict(alone), memory=Memory(versions={UUID["b"]: 2, UUID["a"]: 9})) == {}
 
 
 @pytest.mark.parametrize("order", ["ab", "ba"])

@@ -108,11 +108,14 @@ class Server:
 
 @dataclass(frozen=True, slots=True)
 class Admission:
-    """What a new connection was asked: its server, and whether a statement by itself runs at READ
-    COMMITTED."""
+    """What a new connection was asked before it is used: which server it leads to, which shard
+    that says it is, how far its slot map has come, and whether a statement by itself runs at READ
+    COMMITTED. The stand-alone class and a shard that was not created yet have no UUID."""
 
     server: Server
     read_committed: bool = True
+    shard_uuid: str | None = None
+    map_version: int = 0
 
 
 LISTED_AT_SECONDS = 60
@@ -215,7 +218,8 @@ class Dialect(ABC):
             "ops": self.tables.ops,
         }
         if self.tables.of_gateway:
-            tables |= {"slots": self.tables.slots, "tenants": self.tables.tenants}
+            gateway = self.tables
+            tables |= {"slots": gateway.slots, "tenants": gateway.tenants, "shard": gateway.shard}
         return {word: self.name(table) for word, table in tables.items()}
 
     def translate(self, error: Exception, adapted: Any) -> Exception:

@@ -104,10 +104,11 @@ _APPEND_ROW = """
 """
 
 # The uptime is in whole seconds, so when the server was started is known to the second.
-_ADMIT = """
+_SERVER = """
     SELECT @@hostname, @@port, @@server_id, @@read_only, UNIX_TIMESTAMP(SYSDATE(6));
     SHOW GLOBAL STATUS LIKE 'Uptime'
 """
+_ADMIT = "{server}; SELECT shard_uuid, map_version FROM {shard}"
 
 # One SELECT is one snapshot. At SERIALIZABLE it would lock what it reads, hence the second line.
 # The first and the last one end what a connection without autocommit is in: a listener of the pool
@@ -177,6 +178,7 @@ _CLEAR = """
 """
 
 _LOCK_WAIT_TIMEOUT, _DEADLOCK, _RECORD_CHANGED = 1205, 1213, 1020
+_NO_SUCH_TABLE = 1146
 _FINAL = [(code,) for code in (1044, 1045, 1049, 1698)]
 """No access for this user, or no such database."""
 _PASSING = [(code,) for code in (1290, 1317, 1792, 1836, 1969, 3024)]
@@ -207,6 +209,8 @@ class MySQL(Dialect):
             op = _OP.format_map(names | {"kind": kind})
             return one_line(statement.format_map(names | {"op": op}))
 
+        names["server"] = _SERVER
+        self.admit_sql = (write(_ADMIT) if guarded else _SERVER) % ()
         self.append_sql = write(_APPEND, "append")
         self.append_row_sql = write(_APPEND_ROW)
         self.tail_sql = write(_TAIL)
@@ -268,9 +272,18 @@ class MySQL(Dialect):
         return isinstance(error, pymysql.MySQLError) and error.args[0:1] in _PASSING
 
     async def admit(self, connection: Any) -> Admission:
-        ((*name, standby, now),), ((_, uptime),) = await self._send(connection, _ADMIT)
+        try:
+            found = await self._send(connection, self.admit_sql)
+        except pymysql.ProgrammingError as error:
+            if error.args[0] != _NO_SUCH_TABLE:
+                raise
+            await self.abandon(connection)
+            found = await self._send(connection, _SERVER)
+        ((*name, standby, now),), ((_, uptime),), *shard = found
         started = float(now) - float(uptime)
-        return Admission(Server("/".join(map(str, name)), started, standby=bool(standby)))
+        server = Server("/".join(map(str, name)), started, standby=bool(standby))
+        uuid, version = shard[0][0] if shard else (None, 0)
+        return Admission(server, shard_uuid=uuid, map_version=version)
 
     async def abandon(self, connection: Any) -> None:
         await connection.rollback()

@@ -153,10 +153,16 @@ _CLEAR = """
     SELECT EXISTS (SELECT FROM guard), EXISTS (SELECT FROM op)
 """
 
-# To the microsecond: no two runs of servers were started at one moment.
+# To the microsecond: no two runs of servers were started at one moment. A database that is dropped
+# and made again in a running server has another oid.
+_SERVER = """
+    SELECT pg_postmaster_start_time()::text || ' ' || (
+               SELECT oid FROM pg_database WHERE datname = current_database())::text,
+           pg_is_in_recovery(), current_setting('default_transaction_isolation')
+"""
 _ADMIT = """
-    SELECT current_setting('default_transaction_isolation'), pg_postmaster_start_time()::text,
-           pg_is_in_recovery()
+    SELECT server.*, shard.shard_uuid, shard.map_version
+    FROM ({server}) AS server LEFT JOIN {shard} AS shard ON true
 """
 
 _CONTENTION = (
@@ -194,6 +200,8 @@ class PostgreSQL(Dialect):
             op = _OP.format_map(names | {"kind": kind, "n": n})
             return one_line(statement.format_map(names | {"op": op}))
 
+        names["server"] = _SERVER
+        self.admit_sql = write(_ADMIT) if guarded else one_line(f"{_SERVER}, NULL, NULL")
         self.append_sql = write(_APPEND, "append", "(SELECT n FROM batch)")
         self.tail_sql = write(_TAIL)
         self.pop_sql = write(_POP)
@@ -262,8 +270,13 @@ class PostgreSQL(Dialect):
         return bool(connection.is_in_transaction())
 
     async def admit(self, connection: Any) -> Admission:
-        level, started, standby = await connection.fetchrow(_ADMIT)
-        return Admission(Server(started, standby=standby), level == "read committed")
+        try:
+            row = await connection.fetchrow(self.admit_sql)
+        except (asyncpg.UndefinedTableError, asyncpg.InvalidSchemaNameError):
+            row = (*await connection.fetchrow(_SERVER), None, None)
+        name, standby, level, uuid, version = row
+        server = Server(name, standby=standby)
+        return Admission(server, level == "read committed", uuid, version or 0)
 
 
 def _place(key: Key, guard: Guard | None) -> tuple[Any, ...]:

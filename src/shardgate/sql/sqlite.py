@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -40,6 +40,8 @@ _GUARD = """
     WHERE slot.slot = :slot AND slot.owner = :owner AND slot.state = 'owned'
         AND tenant.tenant_id = :tenant AND tenant.status = 'admitted'
 """
+
+_ADMIT = "SELECT shard_uuid, map_version FROM {shard}"
 
 _OP = """
     INSERT INTO {ops}
@@ -122,6 +124,7 @@ class SQLite(Dialect):
             return one_line(statement.format_map(names))
 
         self.guard_sql = write(_GUARD) if self.tables.of_gateway else None
+        self.admit_sql = write(_ADMIT) if self.tables.of_gateway else None
         self.op_sql = write(_OP)
         self.append_session_sql = write(_APPEND_SESSION)
         self.next_seq_sql = write(_NEXT_SEQ)
@@ -159,7 +162,16 @@ class SQLite(Dialect):
         return await _on_thread(connection, self._clear, key, guard, operation)
 
     async def admit(self, connection: Any) -> Admission:
-        return await _on_thread(connection, _admission)
+        return await _on_thread(connection, self._admission)
+
+    def _admission(self, connection: Any) -> Admission:
+        raw = connection._conn
+        shard = None
+        if self.admit_sql is not None:
+            with suppress(sqlite3.OperationalError):  # there is no such table yet
+                shard = raw.execute(self.admit_sql).fetchone()
+        uuid, version = shard or (None, 0)
+        return Admission(_server(raw), shard_uuid=uuid, map_version=version)
 
     def is_passing(self, error: BaseException) -> bool:
         return False
@@ -264,14 +276,14 @@ class SQLite(Dialect):
         return Outcome.DONE if new else Outcome.REPEATED
 
 
-def _admission(connection: Any) -> Admission:
+def _server(raw: sqlite3.Connection) -> Server:
     """The file that a connection has open, if it has one."""
-    databases = connection._conn.execute("PRAGMA database_list").fetchall()
+    databases = raw.execute("PRAGMA database_list").fetchall()
     path = next((path for _, name, path in databases if name == "main"), "")
     if not path:
-        return Admission(Server("memory"))
+        return Server("memory")
     found = Path(path).stat()
-    return Admission(Server(f"{found.st_dev}/{found.st_ino}"))
+    return Server(f"{found.st_dev}/{found.st_ino}")
 
 
 async def _on_thread(connection: Any, act: Callable[..., T], *arguments: Any) -> T:
