@@ -13,7 +13,7 @@ from uuid import uuid4
 
 from sqlalchemy import func, insert, select
 
-from shardgate.agreement import contradictions, recorded_version
+from shardgate.agreement import contradictions
 from shardgate.errors import OutcomeUnknown, ShardUnavailable
 from shardgate.records import (
     ELSEWHERE,
@@ -64,7 +64,7 @@ async def create(plan: Plan, shards: Mapping[str, Shard]) -> None:
     records = reading.created
     try:
         await together(shard.ready(create=True, afresh=True) for shard in shards.values())
-        if not _is_complete(records, shards):
+        if not is_complete(records, shards):
             await _establish(plan, shards, records)
     except OutcomeUnknown as error:
         raise ShardUnavailable(
@@ -74,13 +74,20 @@ async def create(plan: Plan, shards: Mapping[str, Shard]) -> None:
         ) from error
 
 
-def _is_complete(records: Mapping[str, ShardRecord], shards: Mapping[str, Shard]) -> bool:
+def is_complete(records: Mapping[str, ShardRecord], shards: Mapping[str, Shard]) -> bool:
     """Whether every shard has a record with all slots, and knows how far the others are."""
-    return records.keys() == shards.keys() and all(
-        record.rows
-        and shards.keys() - {name} <= {peer.name for peer in record.peers.values()}
-        and recorded_version(records, record.uuid) in (record.identity.map_version, 0)
-        for name, record in records.items()
+    return records.keys() == shards.keys() and all(is_introduced(name, records) for name in records)
+
+
+def is_introduced(name: str, records: Mapping[str, ShardRecord]) -> bool:
+    """Whether a shard has slots' rows, knows the others, and is known to them as far as it is."""
+    record = records[name]
+    peers = [peer for other, peer in records.items() if other != name]
+    return bool(record.rows) and all(
+        peer.uuid in record.peers
+        and record.uuid in peer.peers
+        and peer.peers[record.uuid].map_version == record.identity.map_version
+        for peer in peers
     )
 
 

@@ -21,7 +21,7 @@ from shardgate.session import GatewaySession
 from shardgate.settings import GatewaySettings
 from shardgate.settling import together
 from shardgate.shards import Shard
-from shardgate.slotmap import conflict, map_of, unnamed_owners
+from shardgate.slotmap import conflict, map_of, unnamed_owners, unserved
 from shardgate.slots import check_session_id, check_tenant_id
 from shardgate.sql.schema import TableNames, build_tables
 
@@ -304,7 +304,13 @@ def _problems(plan: Plan, reading: Reading) -> list[str]:
         known = map_of(plan, reading)
     except OwnershipConflict as error:
         return [str(error)]
-    return [str(conflict(plan, what)) for what in unnamed_owners(plan, known).values()]
+    what = [*unnamed_owners(plan, known).values()]
+    if not reading.down:
+        what += [
+            f"{problem}: run 'shardgate reconcile {name}'"
+            for name, problem in unserved(plan, reading.usable).items()
+        ]
+    return [str(conflict(plan, problem)) for problem in what]
 
 
 async def _measure(connection: AsyncConnection) -> tuple[str, float]:

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from operator import itemgetter
+from typing import TYPE_CHECKING, TypeAlias
 
 from shardgate.agreement import contradictions
 from shardgate.errors import KeyspaceNotCreated, OwnershipConflict
-from shardgate.records import CLAIMING, read_records
+from shardgate.records import DRAINING, OWNED, read_records
 from shardgate.topology import KeyspaceMap
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from shardgate.agreement import Contradiction, Memory, Plan
     from shardgate.errors import ShardgateError
-    from shardgate.records import ShardRecord
+    from shardgate.records import ShardRecord, SlotRow
     from shardgate.shards import Shard
+
+_Rank: TypeAlias = tuple[bool, int, int, str]
+"""Of a row: whether it tells who owns the slot, its epoch, how much of a claim it is, its owner."""
+_CLAIMS = {OWNED: 2, DRAINING: 1}
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,38 +101,136 @@ def map_of(plan: Plan, reading: Reading) -> KeyspaceMap:
 def build_map(plan: Plan, records: Mapping[str, ShardRecord]) -> KeyspaceMap:
     """The map that these records make.
 
-    A slot's owner is who claims it in its own record; for shards without a record, whom the others
-    name at the highest epoch. That may be a shard that the settings do not have.
+    A slot's owner is whoever is said to be at the highest epoch: at one epoch by a claim of its own
+    before a hint of others, and by a claim to own it before that of a source that drains (its mover
+    may have died after the target's decision). That may be a shard that the settings do not have.
 
     Raises:
         OwnershipConflict: nothing is said of a slot.
     """
     names = {uuid: peer.name for record in records.values() for uuid, peer in record.peers.items()}
     names |= {record.uuid: name for name, record in records.items()}
-    best: dict[int, tuple[tuple[int, bool], str]] = {}
+    best: dict[int, _Rank] = {}
     for record in records.values():
         for row in record.rows:
-            own = row.owner == record.uuid
-            rank = (row.epoch, own and row.state in CLAIMING)
-            if row.slot not in best or rank > best[row.slot][0]:
-                best[row.slot] = (rank, row.owner)
+            rank = _rank(record.uuid, row)
+            if row.slot not in best or rank > best[row.slot]:
+                best[row.slot] = rank
+    if missing := set(range(plan.slots)) - best.keys():
+        raise conflict(plan, f"no shard has a record of slot {min(missing)}")
     return KeyspaceMap(
         name=plan.keyspace,
         slots=plan.slots,
         spread=plan.spread,
-        owners=tuple(_owner(plan, slot, best, names) for slot in range(plan.slots)),
-        epochs=tuple(best[slot][0][0] for slot in range(plan.slots)),
+        owners=tuple(names.get(best[slot][3], best[slot][3]) for slot in range(plan.slots)),
+        epochs=tuple(best[slot][1] for slot in range(plan.slots)),
         uuids={name: uuid for uuid, name in names.items()},
     )
 
 
-def _owner(
-    plan: Plan, slot: int, best: Mapping[int, tuple[Any, str]], names: Mapping[str, str]
-) -> str:
-    if slot not in best:
+def _rank(speaker: str, row: SlotRow) -> _Rank:
+    """What counts more is greater. The UUID comes last, so that everybody takes the same one.
+
+    A shard that names itself without claiming is importing, or has cancelled that: this is no news
+    of who owns the slot, whatever its epoch.
+    """
+    own = row.owner == speaker
+    claim = _CLAIMS.get(row.state, 0) if own else 0
+    return (claim > 0 or not own, row.epoch, claim, row.owner)
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """What the shards say of one slot.
+
+    ``top`` is the highest epoch that anybody has. ``claims`` are the rows of the shards that claim
+    it for themselves, and ``hint`` is the row that counts most of those that claim nothing; see
+    ``build_map`` for what counts more. The best claim comes first.
+    """
+
+    top: int
+    claims: tuple[SlotRow, ...]
+    hint: SlotRow | None
+
+    @property
+    def claimant(self) -> SlotRow | None:
+        """The claim that serves; None where there is none, or a hint knows a newer owner."""
+        if not self.claims or (self.hint is not None and self.hint.epoch > self.claims[0].epoch):
+            return None
+        return self.claims[0]
+
+
+def all_said(plan: Plan, records: Iterable[ShardRecord]) -> list[Said]:
+    """What the records say of every slot, in order.
+
+    Raises:
+        OwnershipConflict: nothing is said of a slot.
+    """
+    ranked: list[list[tuple[_Rank, SlotRow]]] = [[] for _ in range(plan.slots)]
+    for record in records:
+        for row in record.rows:
+            ranked[row.slot].append((_rank(record.uuid, row), row))
+    return [_said(plan, slot, rows) for slot, rows in enumerate(ranked)]
+
+
+def _said(plan: Plan, slot: int, ranked: list[tuple[_Rank, SlotRow]]) -> Said:
+    if not ranked:
         raise conflict(plan, f"no shard has a record of slot {slot}")
-    uuid = best[slot][1]
-    return names.get(uuid, uuid)
+    ranked.sort(key=itemgetter(0), reverse=True)
+    claims = tuple(row for (_, _, claim, _), row in ranked if claim)
+    hints = [row for (tells, _, claim, _), row in ranked if not claim and (tells or not claims)]
+    return Said(
+        top=max(row.epoch for _, row in ranked), claims=claims, hint=hints[0] if hints else None
+    )
+
+
+def unserved(plan: Plan, records: Mapping[str, ShardRecord]) -> dict[str, str]:
+    """The shards that are to be reconciled because slots are served by nobody, each with why.
+
+    Either nobody claims a slot, and it concerns the shard that the best hint names; or a hint names
+    another shard at a higher epoch than the best claim has, and it concerns who claims it. Nothing
+    is said where a shard is named that has no record here: it may claim the slot.
+    """
+    names = {record.uuid: name for name, record in records.items()}
+    unclaimed: defaultdict[str, list[int]] = defaultdict(list)
+    overtaken: defaultdict[str, list[int]] = defaultdict(list)
+    for slot, said in enumerate(all_said(plan, records.values())):
+        if said.claimant is not None or said.hint is None or said.hint.owner not in names:
+            continue
+        if said.claims:
+            overtaken[names[said.claims[0].owner]].append(slot)
+        else:
+            unclaimed[names[said.hint.owner]].append(slot)
+    return {
+        name: _not_served(name, unclaimed.get(name, []), overtaken.get(name, []))
+        for name in sorted(unclaimed.keys() | overtaken.keys())
+    }
+
+
+def _not_served(name: str, unclaimed: list[int], overtaken: list[int]) -> str:
+    parts = []
+    if unclaimed:
+        parts.append(
+            f"slots {ranges(unclaimed)} are claimed by no shard; shard {name!r} is the last that "
+            "they are said to belong to"
+        )
+    if overtaken:
+        parts.append(
+            f"slots {ranges(overtaken)} are claimed by shard {name!r}, and others have "
+            "recorded owners at higher epochs"
+        )
+    return "; ".join(parts)
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """Ascending numbers as text: 1-3, 7."""
+    runs: list[tuple[int, int]] = []
+    for number in numbers:
+        if runs and runs[-1][1] == number - 1:
+            runs[-1] = runs[-1][0], number
+        else:
+            runs.append((number, number))
+    return ", ".join(str(one) if one == last else f"{one}-{last}" for one, last in runs)
 
 
 def unnamed_owners(plan: Plan, known: KeyspaceMap) -> dict[str, str]:

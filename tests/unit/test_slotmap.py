@@ -10,7 +10,7 @@ import pytest
 from shardgate.agreement import Memory, Plan, contradictions
 from shardgate.errors import OwnershipConflict
 from shardgate.records import HASH, Identity, Peer, ShardRecord, SlotRow
-from shardgate.slotmap import build_map, unnamed_owners
+from shardgate.slotmap import all_said, build_map, ranges, unnamed_owners, unserved
 from shardgate.sql.schema import SCHEMA_VERSION
 
 PLAN = Plan("main", slots=4, spread=None, weights={"a": 1, "b": 1})
@@ -83,6 +83,63 @@ def test_a_draining_owner_still_claims(order: str) -> None:
     records = {"a": _state(_record("a", "aabb"), 0, "draining"), "b": _record("b", "babb")}
     records["b"] = _state(records["b"], 0, "importing")
     assert build_map(PLAN, {name: records[name] for name in order}).owners[0] == "a"
+
+
+@pytest.mark.parametrize("order", ["ab", "ba"])
+@pytest.mark.parametrize("source", "ab")
+def test_at_one_epoch_who_owns_goes_before_who_drains(order: str, source: str) -> None:
+    """The mover died between the decision on the target and the release of the source."""
+    target = "b" if source == "a" else "a"
+    records = {"a": _record("a", "aaaa"), "b": _record("b", "bbbb")}
+    records[source] = _state(records[source], 0, "draining")
+    known = build_map(PLAN, {name: records[name] for name in order})
+    assert known.owners[0] == target
+
+
+@pytest.mark.parametrize("order", ["ab", "ba"])
+def test_a_shard_that_imports_a_slot_does_not_have_it_yet(order: str) -> None:
+    records = {"a": _record("a", "aabb"), "b": _record("b", "babb", epochs="2111")}
+    records["b"] = _state(records["b"], 0, "importing")
+    known = build_map(PLAN, {name: records[name] for name in order})
+    assert (known.owners[0], known.epochs[0]) == ("a", 1)
+    assert unserved(PLAN, records) == {}
+
+
+def test_a_slot_that_nobody_claims_concerns_whom_the_best_hint_names() -> None:
+    """b was put back to before slots 1, 2 and 3 had come to it; c remembers still less."""
+    a, b = _record("a", "abbb", epochs="1222"), _record("b", "aaaa")
+    c = _record("c", "aaaa")
+    problems = unserved(PLAN, _records(a=a, b=b, c=c))
+    assert list(problems) == ["b"]
+    assert problems["b"].startswith("slots 1-3 are claimed by no shard; shard 'b' is the last")
+    assert unserved(PLAN, _records(a=a, b=_record("b", "abbb"), c=c)) != {}  # epochs too low
+    assert unserved(PLAN, _records(a=a, b=_record("b", "abbb", epochs="1222"), c=c)) == {}
+
+
+def test_a_slot_that_is_claimed_at_a_lower_epoch_than_others_know_of() -> None:
+    """Calls are sent to b by the hint, and b refuses them: a shard with a claim is to be asked."""
+    a, b, c = _record("a", "aaaa"), _record("b", "aaaa"), _record("c", "abaa", epochs="1311")
+    problems = unserved(PLAN, _records(a=a, b=b, c=c))
+    assert list(problems) == ["a"]
+    assert problems["a"].startswith("slots 1 are claimed by shard 'a', and others have recorded")
+
+
+def test_of_a_slot_whose_owner_was_not_asked_nothing_is_known() -> None:
+    assert unserved(PLAN, _records(a=_record("a", "aacc", peers="abc"))) == {}
+    assert unserved(PLAN, _records(a=_record("a", "aabb"))) == {}
+
+
+def test_a_slot_of_which_nothing_is_said() -> None:
+    with pytest.raises(OwnershipConflict, match="no shard has a record of slot 3"):
+        all_said(PLAN, [_record("a", "aab")])
+
+
+@pytest.mark.parametrize(
+    ("numbers", "text"),
+    [([], ""), ([4], "4"), ([1, 2, 3, 7], "1-3, 7"), ([0, 2, 3], "0, 2-3")],
+)
+def test_ranges(numbers: list[int], text: str) -> None:
+    assert ranges(numbers) == text
 
 
 def test_a_shard_without_slots_has_a_record_all_the_same() -> None:

@@ -25,12 +25,14 @@ from shardgate.control import reconcile
 from shardgate.errors import ShardgateError, UsageError
 from shardgate.gateway import Gateway, HealthReport
 from shardgate.settings import GatewaySettings
+from shardgate.slotmap import conflict
 from shardgate.sql.schema import TableNames, build_tables, ddl
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator
+    from collections.abc import Awaitable, Callable, Iterable, Iterator
 
     from shardgate.control.reconcile import Remedy
+    from shardgate.shards import Shard
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -162,22 +164,23 @@ def reconcile_shard(
     accept_loss: Annotated[
         bool, typer.Option("--accept-loss", help="Also where sessions are lost for good.")
     ] = False,
+    expect: Annotated[
+        str | None, typer.Option("--expect", help="Only if this is still what was explained.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Explain what is wrong with a shard in quarantine, and what would be done about it.
+    """Explain what is wrong with a shard, and what would be done to have it agree with its peers.
 
     Exit code 0: nothing is wrong, or it was mended; 1: something is to be done.
     """
 
     async def act(gateway: Gateway) -> tuple[Remedy, bool]:
-        settings = gateway.settings
-        if shard not in settings.shards:
-            known = ", ".join(settings.shards)
-            raise UsageError(f"there is no shard {shard!r}; the settings have {known}")
-        keyspace = settings.shards[shard].keyspace
-        plan = Plan.of(settings, keyspace)
-        shards = {name: gateway.shards[name] for name in settings.shards_of(keyspace)}
+        plan, shards = _keyspace_of(gateway, shard)
         remedy = await reconcile.examine(plan, shards, shard)
+        if not as_json:
+            _print_lines(_explained(remedy, applies=apply))
+        if expect not in (None, remedy.digest):
+            raise conflict(plan, f"what is to be done is not what {expect} stood for; look again")
         if apply and remedy.steps:
             await reconcile.apply(plan, shards, remedy, accept_loss=accept_loss)
         return remedy, apply and bool(remedy.steps)
@@ -185,15 +188,31 @@ def reconcile_shard(
     remedy, done = _with_gateway(act)
     if as_json:
         known = {"shard": shard, "problem": remedy.problem, "steps": remedy.steps}
-        known |= {"loses": remedy.loses, "done": done}
+        known |= {"notes": remedy.notes, "loses": remedy.loses}
+        known |= {"digest": remedy.digest, "done": done}
         sys.stdout.write(json.dumps(known, indent=2) + "\n")
-    else:
-        for line in _explained(remedy, done=done):
-            output.print(line, markup=False, highlight=False, soft_wrap=True)
+    elif done:
+        _print_lines(["done"])
     raise typer.Exit(0 if remedy.problem is None or done else 1)
 
 
-def _explained(remedy: Remedy, *, done: bool) -> Iterator[str]:
+def _keyspace_of(gateway: Gateway, shard: str) -> tuple[Plan, dict[str, Shard]]:
+    """The keyspace that a shard belongs to, with all its shards."""
+    settings = gateway.settings
+    if shard not in settings.shards:
+        known = ", ".join(settings.shards)
+        raise UsageError(f"there is no shard {shard!r}; the settings have {known}")
+    keyspace = settings.shards[shard].keyspace
+    shards = {name: gateway.shards[name] for name in settings.shards_of(keyspace)}
+    return Plan.of(settings, keyspace), shards
+
+
+def _print_lines(lines: Iterable[str]) -> None:
+    for line in lines:
+        output.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _explained(remedy: Remedy, *, applies: bool) -> Iterator[str]:
     if remedy.problem is None:
         yield f"shard {remedy.shard}: nothing is wrong"
         return
@@ -201,11 +220,15 @@ def _explained(remedy: Remedy, *, done: bool) -> Iterator[str]:
     if not remedy.steps:
         yield "this cannot be mended here: mend the settings, or restore the right database"
         return
-    yield "what was done:" if done else "what would be done:"
+    yield "what is to be done:"
     yield from (f"  - {step}" for step in remedy.steps)
-    if not done:
-        loses = " --accept-loss: sessions are lost for good" if remedy.loses else ""
-        yield f"to do it: shardgate reconcile {remedy.shard} --apply{loses}"
+    yield from (f"note: {note}" for note in remedy.notes)
+    if remedy.loses:
+        yield "sessions are lost for good by this"
+    if not applies:
+        loses = " --accept-loss" if remedy.loses else ""
+        command = f"shardgate reconcile {remedy.shard} --apply{loses}"
+        yield f"to do just this: {command} --expect {remedy.digest}"
 
 
 def _health_table(report: HealthReport) -> Table:
