@@ -20,8 +20,11 @@ from dataclasses import dataclass
 from itertools import count
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from shardgate import shards as shards_module
 from shardgate.agreement import Contradiction, Memory, lost_record, older_copy, other_shard
 from shardgate.errors import (
+    KeyspaceNotCreated,
+    OperatorError,
     OutcomeUnknown,
     OwnershipConflict,
     ShardgateError,
@@ -46,7 +49,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator, Mapping
 
     from shardgate.agreement import Plan
-    from shardgate.records import Standing
+    from shardgate.records import Standing, Testimony
     from shardgate.router import Route
     from shardgate.shards import Shard
     from shardgate.slotmap import Reading
@@ -63,9 +66,8 @@ _POLL = 0.02
 _LOOK_SECONDS, _LOOK_SHARE = 2.0, 0.25
 """How long a shard is waited for when others are to be compared with it: so many seconds, and no
 more than this part of the deadline."""
-_QUARANTINE_SECONDS, _IDLE_SHARE = 5.0, 20
-"""After how long a shard in quarantine is looked at again, if it is asked for: so many seconds, and
-so many times as long as the last look has taken."""
+_IDLE_SHARE = 20
+"""A shard in quarantine is looked at again after this many times as long as the last look took."""
 _LONG_DRAIN = 25
 """After so many polls, a slot that is being moved is looked for elsewhere, too."""
 
@@ -129,7 +131,7 @@ class Keyspace:
         if self._loading is not None:
             self._loading.cancel()
             await asyncio.wait([self._loading])
-        await together(shard.end_looks() for shard in self.shards.values())
+        await together(shard.close() for shard in self.shards.values())
         await together(map(end_purge, self.shards.values()))
 
     async def purge(self) -> dict[str, int]:
@@ -348,11 +350,21 @@ class Keyspace:
         return self._loading
 
     async def _load(self) -> KeyspaceMap:
+        refused: OperatorError | None = None
         if self._creates and self.map is None:
             # Where the keyspace exists, the shards that answer and fit are enough to serve.
-            with suppress(ShardUnavailable, OwnershipConflict):
+            try:
                 await create(self.plan, self.shards)
-        return await self._load_map()
+            except ShardUnavailable:
+                pass
+            except OperatorError as error:
+                refused = error
+        try:
+            return await self._load_map()
+        except KeyspaceNotCreated:
+            if refused is None:
+                raise
+            raise refused from None
 
     async def _load_map(self) -> KeyspaceMap:
         clock = asyncio.get_running_loop().time
@@ -398,10 +410,10 @@ class Keyspace:
         if quarantine is None or self._loading is not None:
             return
         waited = asyncio.get_running_loop().time() - quarantine.since
-        if waited > max(_QUARANTINE_SECONDS, _IDLE_SHARE * self._loading_took):
+        if waited > max(shards_module.QUARANTINE_SECONDS, _IDLE_SHARE * self._loading_took):
             self._start_loading()
 
-    async def _verify(self, shard: Shard, admission: Admission) -> None:
+    async def _verify(self, shard: Shard, admission: Admission) -> Quarantine | None:
         """Compare a shard that is on another server than before with its peers, by what it has said
         on the very connection that is in question.
 
@@ -409,40 +421,46 @@ class Keyspace:
         the death of one shard would take down another one that was only restarted.
         """
         began = asyncio.get_running_loop().time()
-        peers = {name: peer for name, peer in self.shards.items() if name != shard.name}
-        about = self._memory.uuids.get(shard.name, "")
-        answers, _ = await ask_all(
-            {
-                name: testify(peer, about, seconds=self._look_seconds)
-                for name, peer in peers.items()
-                if peer.quarantine is None
-            }
-        )
-        said = [
-            answer
-            for name, answer in answers.items()
-            if answer is not None and answer.shard_uuid == self._memory.uuids.get(name)
-        ]
-        for answer in said if about else ():
-            self._memory.see(about, answer.recorded or 0)
         wrong = self._contradiction(shard, admission)
+        said = [] if wrong is not None else await self._ask_peers(shard)
+        wrong = wrong or self._contradiction(shard, admission)
         if wrong is not None:
-            await self._condemn(shard, admission, wrong)
-            return
+            return await self._condemn(shard, admission, wrong)
         versions = self._memory.versions
         if any(answer.map_version != versions.get(answer.shard_uuid) for answer in said):
             await self._read(afresh=True)  # somebody may have come to own what was this shard's
-        if not said and peers:
+        if not said and len(self.shards) > 1:
             logger.warning(
                 "shard %r is on another server than before, and none of its peers answers: it is "
                 "believed, because it is not behind what this process has seen",
                 shard.name,
             )
         if shard.quarantine is None:
-            if about:
-                self._memory.see(about, admission.map_version)
-            self._inform()
+            if admission.shard_uuid is not None:
+                self._memory.see(admission.shard_uuid, admission.map_version)
+                self._inform()
             shard.judge(None, admission.server, began=began)
+        return None
+
+    async def _ask_peers(self, shard: Shard) -> list[Testimony]:
+        """What a shard's peers say of it, and of themselves; remembers it."""
+        uuids, about = self._memory.uuids, self._memory.uuids.get(shard.name)
+        answers, _ = await ask_all(
+            {
+                name: testify(peer, about or "", seconds=self._look_seconds)
+                for name, peer in self.shards.items()
+                if peer is not shard and peer.quarantine is None
+            }
+        )
+        said = [
+            answer
+            for name, answer in answers.items()
+            if answer is not None and answer.shard_uuid == uuids.get(name)
+        ]
+        if about is not None:
+            for answer in said:
+                self._memory.see(about, answer.recorded or 0)
+        return said
 
     def _contradiction(self, shard: Shard, admission: Admission) -> Contradiction | None:
         """What is wrong with what a shard has said on a connection, by all that is known of it."""
@@ -458,7 +476,9 @@ class Keyspace:
             return Contradiction(older_copy(shard.name, admission.map_version, seen), reads=True)
         return None
 
-    async def _condemn(self, shard: Shard, admission: Admission, wrong: Contradiction) -> None:
+    async def _condemn(
+        self, shard: Shard, admission: Admission, wrong: Contradiction
+    ) -> Quarantine:
         """Put a shard in quarantine, and find out who owns its slots by now."""
         now = asyncio.get_running_loop().time()
         before = shard.quarantine
@@ -466,5 +486,7 @@ class Keyspace:
         shard.judge(verdict, admission.server, began=now)
         self._inform()
         self._tell(shard, before)
-        with suppress(ShardgateError):
-            await self._read(afresh=True)
+        if before is None or before.reason != wrong.reason:
+            with suppress(ShardgateError):
+                await self._read(afresh=True)
+        return verdict

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from sqlalchemy import and_, insert, inspect, select, update
 from sqlalchemy.exc import IntegrityError
@@ -23,7 +23,7 @@ from shardgate.shards import ask_all
 from shardgate.sql.transactions import utc_now
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Mapping
+    from collections.abc import Coroutine, Mapping
 
     from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -144,14 +144,20 @@ async def read_records(
     )
 
 
-async def _in_time(shard: Shard, answer: Awaitable[T], seconds: float | None) -> T:
+async def _in_time(shard: Shard, answer: Coroutine[Any, Any, T], seconds: float | None) -> T:
+    """The answer, or ShardUnavailable. Who does not answer takes his time to hang up, too."""
+    task = shard.in_background(answer)
     try:
-        async with asyncio.timeout(seconds):
-            return await answer
-    except TimeoutError as error:
-        raise ShardUnavailable(
-            f"shard {shard.name!r} did not answer within {seconds:g} seconds", shard=shard.name
-        ) from error
+        done, _ = await asyncio.wait([task], timeout=seconds)
+    except asyncio.CancelledError:
+        task.cancel()
+        raise
+    if done:
+        return task.result()
+    task.cancel()
+    raise ShardUnavailable(
+        f"shard {shard.name!r} did not answer within {seconds:g} seconds", shard=shard.name
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from shardgate.sql.dialect import Admission, Server
     from shardgate.sql.schema import TableNames, Tables
 
-    Verify = Callable[["Shard", Admission], Coroutine[Any, Any, None]]
+    Verify = Callable[["Shard", Admission], Coroutine[Any, Any, "Quarantine | None"]]
 
 T = TypeVar("T")
 
@@ -51,6 +51,8 @@ CONTENTION_SECONDS = 30.0
 """How long an operation without a deadline tries again after contention."""
 OUTAGE_SECONDS = 3.0
 """How long a lost connection is ridden over before the caller sees an error."""
+QUARANTINE_SECONDS = 5.0
+"""After how long what is in quarantine is looked at again, if it is asked for."""
 CANCELLED_SECONDS = 10.0
 """How long a cancelled write without a deadline is waited for."""
 
@@ -74,9 +76,10 @@ class Attempt:
     not depend on the answer. ``server`` is the one that the attempt has led to.
     """
 
-    __slots__ = ("about_the_shard", "began", "lost", "sent", "server")
+    __slots__ = ("about_the_shard", "began", "lost", "sent", "server", "writes")
 
-    def __init__(self, *, about_the_shard: bool = False) -> None:
+    def __init__(self, *, writes: bool = True, about_the_shard: bool = False) -> None:
+        self.writes = writes
         self.sent = False
         self.lost = False
         self.began = 0.0
@@ -160,7 +163,7 @@ class Database:
 
     async def read(self, action: Callable[[Any], Awaitable[T]]) -> T:
         """Run ``action`` on a driver's connection; it must not change anything."""
-        return await self._run(partial(self._once, action), Attempt(), writes=False)
+        return await self._run(partial(self._once, action), Attempt(writes=False), writes=False)
 
     async def write(self, action: Callable[[Any], Awaitable[T]]) -> T:
         """Run ``action`` on a driver's connection; it takes effect whole or not at all."""
@@ -219,7 +222,7 @@ class Database:
         attempt: Attempt | None = None,
     ) -> T:
         """Run an operation; from when it is sent, a cancelled caller waits for its outcome."""
-        attempt = attempt or Attempt()
+        attempt = attempt or Attempt(writes=writes)
         return await settle(
             self._run(once, attempt, writes=writes),
             grace=CANCELLED_SECONDS if writes else 0,
@@ -363,16 +366,23 @@ class Database:
         So is that of a shard that was not created yet.
         """
         admission: Admission | None = connection.info.get(_ADMISSION)
-        if admission is None:
-            try:
-                admission = await self.dialect.admit(connection.driver_connection)
-            except Exception as error:
-                raise self.dialect.translate(error, connection.dbapi_connection) from error
-            created = admission.shard_uuid is not None or not self.tables.of_gateway
-            if created and not admission.server.standby:
-                connection.info[_ADMISSION] = admission
+        if admission is not None and self._is_verified(admission, connection.info, attempt):
+            attempt.server = admission.server
+            return admission
+        admission = await self._ask_connection(connection)
         attempt.server = admission.server
-        self._check_server(admission, connection.info, attempt)
+        if not self._is_verified(admission, connection.info, attempt):
+            raise UnverifiedError(admission, connection.info)
+        return admission
+
+    async def _ask_connection(self, connection: PoolProxiedConnection) -> Admission:
+        try:
+            admission = await self.dialect.admit(connection.driver_connection)
+        except Exception as error:
+            raise self.dialect.translate(error, connection.dbapi_connection) from error
+        created = admission.shard_uuid is not None or not self.tables.of_gateway
+        if created and not admission.server.standby:
+            connection.info[_ADMISSION] = admission
         return admission
 
     async def _admit_sqlalchemy(self, connection: AsyncConnection, attempt: Attempt) -> None:
@@ -383,8 +393,9 @@ class Database:
                 await connection.invalidate(error)  # it was not SQLAlchemy that has met the error
             raise
 
-    def _check_server(self, admission: Admission, info: dict[Any, Any], attempt: Attempt) -> None:
-        """Raise UnverifiedError where the server has to be looked at first."""
+    def _is_verified(self, admission: Admission, info: dict[Any, Any], attempt: Attempt) -> bool:
+        """Whether the connection may be used without a look at what it leads to."""
+        return True
 
     @asynccontextmanager
     async def _checked_out(self) -> AsyncIterator[PoolProxiedConnection]:
@@ -501,6 +512,14 @@ class Quarantine:
     since: float
 
 
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """What was found out of a connection with this admission; None where nothing is wrong."""
+
+    admission: Admission
+    verdict: Quarantine | None
+
+
 class Shard(Database):
     """A named database of a gateway: operations have a deadline, and errors name the shard.
 
@@ -512,8 +531,8 @@ class Shard(Database):
         quarantine: why it must not be used, if that is so.
         uuid: which shard it is, as far as is known.
         map_version: how far its slot map has come at least.
-        verify: puts the shard in quarantine if it contradicts its peers, or raises
-            ShardUnavailable. None: any server will do.
+        verify: looks at what a connection has said; puts the shard in quarantine if it contradicts
+            its peers, and returns that. None: any server will do.
     """
 
     def __init__(self, name: str, engine: AsyncEngine, tables: Tables, *, deadline: float) -> None:
@@ -526,8 +545,10 @@ class Shard(Database):
         self.verify: Verify | None = None
         self._server: Server | None = None
         self._looked = 0.0
-        self._looks: dict[Admission, asyncio.Task[None]] = {}
-        self._verified_mark = object()  # other shards may use the same pool
+        self._looks: dict[Admission, asyncio.Task[Quarantine | None]] = {}
+        self._background: set[asyncio.Task[Any]] = set()
+        self._condemned: Mark | None = None
+        self._mark = object()  # other shards may use the same pool
         self._outage: Outage | None = None
 
     def __repr__(self) -> str:
@@ -562,13 +583,25 @@ class Shard(Database):
         self._server = server
         self._looked = asyncio.get_running_loop().time()
 
-    async def end_looks(self) -> None:
+    def in_background(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """Begin something that may outlive its caller, but not the shard."""
+        task = asyncio.create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._forget)
+        return task
+
+    async def close(self) -> None:
         """End what goes on in the background."""
-        looks = list(self._looks.values())
-        for look in looks:
-            look.cancel()
-        if looks:
-            await asyncio.wait(looks)
+        background = list(self._background)
+        for task in background:
+            task.cancel()
+        if background:
+            await asyncio.wait(background)
+
+    def _forget(self, task: asyncio.Task[Any]) -> None:
+        self._background.discard(task)
+        if not task.cancelled():
+            task.exception()  # retrieved, in case that everybody who waited has gone
 
     async def _run(
         self,
@@ -594,8 +627,11 @@ class Shard(Database):
 
     def refuse(self, *, writes: bool) -> None:
         """Raise ShardQuarantined where the shard must not be used, or not be written to."""
-        quarantine = self.quarantine
-        if quarantine is not None and (writes or not quarantine.reads):
+        if self.quarantine is not None:
+            self._refuse(self.quarantine, writes=writes)
+
+    def _refuse(self, quarantine: Quarantine, *, writes: bool) -> None:
+        if writes or not quarantine.reads:
             raise ShardQuarantined(
                 f"shard {self.name!r} is in quarantine: {quarantine.reason} ('shardgate reconcile "
                 f"{self.name}' says what can be done)",
@@ -612,42 +648,51 @@ class Shard(Database):
         if attempt.began > self._looked:
             self._server = None
 
-    def _check_server(self, admission: Admission, info: dict[Any, Any], attempt: Attempt) -> None:
-        if self.verify is None or attempt.about_the_shard or self._verified_mark in info:
-            return
+    def _is_verified(self, admission: Admission, info: dict[Any, Any], attempt: Attempt) -> bool:
+        if self.verify is None or attempt.about_the_shard:
+            return True
+        mark = info.get(self._mark)
+        if mark is None or not mark.admission.is_same(admission):
+            mark = self._condemned
+        if mark is not None and mark.admission.is_same(admission):
+            return self._abides_by(mark.verdict, attempt)
         known = self._server is not None and admission.server.is_same(self._server)
         fits = admission.shard_uuid == self.uuid and admission.map_version >= self.map_version
-        if not (known and fits):
-            raise UnverifiedError(admission, info)
-        self._mark(admission, info)
+        if known and fits:
+            info[self._mark] = Mark(admission, None)
+        return known and fits
 
-    def _mark(self, admission: Admission, info: dict[Any, Any]) -> None:
-        if not admission.server.standby:
-            info[self._verified_mark] = True
+    def _abides_by(self, verdict: Quarantine | None, attempt: Attempt) -> bool:
+        """Whether what was found out still holds; raises ShardQuarantined where it refuses."""
+        if verdict is None:
+            return True
+        if asyncio.get_running_loop().time() - verdict.since >= QUARANTINE_SECONDS:
+            return False
+        self._refuse(verdict, writes=attempt.writes)
+        return True
 
     async def _verify(self, unknown: UnverifiedError, *, writes: bool) -> None:
         """Have a connection's server looked at, once for all who have met it.
 
-        The look goes on when its callers' time is up: else it might never come to an end.
+        The look goes on when its callers' time is up: else it might never come to an end. What it
+        has found out holds for this connection, whatever is found out on others.
         """
         admission = unknown.admission
         look = self._looks.get(admission)
-        if look is None and self.verify is not None:
-            look = asyncio.create_task(self.verify(self, admission))
+        if look is None:
+            assert self.verify is not None, "nothing is unverified without it"  # noqa: S101 - for mypy
+            look = self.in_background(self.verify(self, admission))
             self._looks[admission] = look
-            look.add_done_callback(partial(self._forget_look, admission))
-        if look is not None:
-            await asyncio.wait([look])
-            if look.cancelled():
-                raise ShardUnavailable(f"shard {self.name!r} has been closed", shard=self.name)
-            look.result()
+            look.add_done_callback(lambda _: self._looks.pop(admission))
+        await asyncio.wait([look])
+        if look.cancelled():
+            raise ShardUnavailable(f"shard {self.name!r} has been closed", shard=self.name)
+        verdict = look.result()
+        mark = unknown.connection[self._mark] = Mark(admission, verdict)
+        if verdict is not None:
+            self._condemned = mark
+            self._refuse(verdict, writes=writes)
         self.refuse(writes=writes)
-        self._mark(admission, unknown.connection)
-
-    def _forget_look(self, admission: Admission, look: asyncio.Task[None]) -> None:
-        del self._looks[admission]
-        if not look.cancelled():
-            look.exception()  # retrieved, in case that everybody who waited has gone
 
     async def _listen(self, operation: Awaitable[T]) -> T:
         """Note whether the shard has answered, be it with an error of its own."""

@@ -16,16 +16,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import pytest
+from sqlalchemy import text
 from sqlalchemy.engine import make_url
+from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.pool import NullPool
 
-from gateway.shards import content, identity, item, session_on, settings_at
+from gateway.shards import content, execute, identity, item, session_on, settings_at
 from harness.servers import LocalServer, SQLiteServer
 from once.history import History
 from once.wire import HoldingProxy
 from ownership.mover import move
-from shardgate import Gateway, ShardQuarantined, UsageError
+from shardgate import Gateway, OwnershipConflict, ShardQuarantined, UsageError
 from shardgate.agreement import Plan
 from shardgate.control import reconcile
+from shardgate.engines import make_engine
 from shardgate.records import publish, read_record
 
 if TYPE_CHECKING:
@@ -122,7 +126,7 @@ async def urls(databases: MakeDatabases, copies: Copies) -> dict[str, str]:
 
 @pytest.fixture(autouse=True)
 def short_quarantine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shardgate.keyspace._QUARANTINE_SECONDS", 0.1)
+    monkeypatch.setattr("shardgate.shards.QUARANTINE_SECONDS", 0.1)
 
 
 def settings(urls: dict[str, str]) -> Any:
@@ -451,3 +455,168 @@ async def _fails_over(gateway: Gateway, proxy: HoldingProxy, primary: Any, stand
     assert history.errors() == []
     assert history.problems(await session.get_items()) == []
     assert gateway.shards["b"].quarantine is None
+
+
+def _attempts(session: GatewaySession, count: int) -> Any:
+    return [session.add_items([item(f"lost {number}?")]) for number in range(count)]
+
+
+@pytest.fixture
+async def behind(urls: dict[str, str], copies: Copies) -> AsyncIterator[tuple[Gateway, str, Path]]:
+    """A running gateway, a session on b, and a copy of b from before a recorded change."""
+    async with Gateway(settings(urls)) as gateway:
+        on_b, moving = _two_slots(gateway, "b")
+        await gateway.tenant("acme").session(on_b).add_items([item("one")])
+        await cold(gateway, "b")
+        copy = await copies.save()
+        await moved(urls, gateway.route("acme", moving).slot, "b", "a")
+        yield gateway, on_b, copy
+
+
+@pytest.mark.backends("sqlite")
+async def test_each_connection_is_judged_by_what_it_says_itself(
+    behind: tuple[Gateway, str, Path], urls: dict[str, str], copies: Copies
+) -> None:
+    """A connection of the pool leads to the file as it was, another one to the restored copy."""
+    gateway, on_b, copy = behind
+    session = gateway.tenant("acme").session(on_b)
+    await session.get_items()
+    engine = gateway.shards["b"].engine
+    async with engine.connect() as old:
+        await old.exec_driver_sql("SELECT 1")
+        await copies.restore(copy)
+        async with engine.connect() as new:
+            await new.exec_driver_sql("SELECT 1")
+    before = await content(urls["b"])
+    await asyncio.gather(*_attempts(session, 6), return_exceptions=True)
+    assert await content(urls["b"]) == before
+    await cold(gateway, "b")
+
+
+@pytest.mark.backends("sqlite")
+async def test_two_gateways_on_one_engine_judge_for_themselves(
+    urls: dict[str, str], copies: Copies
+) -> None:
+    engine = make_engine(urls["b"], {})
+    try:
+        async with (
+            Gateway(settings(urls), engines={"b": engine}) as one,
+            Gateway(settings(urls), engines={"b": engine}) as other,
+        ):
+            on_b, moving = _two_slots(one, "b")
+            sessions = [gateway.tenant("acme").session(on_b) for gateway in (one, other)]
+            await sessions[0].add_items([item("one")])
+            await engine.dispose()
+            copy = await copies.save()
+            await moved(urls, one.route("acme", moving).slot, "b", "a")
+            await copies.restore(copy)
+            before = await content(urls["b"])
+            for session in sessions:
+                await refused(partial(session.add_items, [item("lost?")]))
+                await refused(partial(session.add_items, [item("lost?")]))
+            assert await content(urls["b"]) == before
+    finally:
+        await engine.dispose()
+
+
+@pytest.mark.backends("sqlite")
+async def test_a_quarantine_is_not_lifted_because_the_witnesses_are_away(
+    urls: dict[str, str], copies: Copies, tmp_path: Path
+) -> None:
+    """The process has seen who b is; another deployment's b says nothing against itself."""
+    staging = {name: f"sqlite+aiosqlite:///{tmp_path / name}.db" for name in "abc"}
+    async with Gateway(settings(staging)):
+        pass
+    async with Gateway(settings(urls)) as gateway:
+        session = gateway.tenant("acme").session(session_on(gateway, "b"))
+        await session.add_items([item("one")])
+        await cold(gateway, "b")
+        other = Path(str(make_url(staging["b"]).database))
+        await copies.restore(other)
+        before = await content(urls["b"])
+        wrong = pytest.raises(ShardQuarantined, match="shard 'b' says that its shard_uuid is")
+        with wrong:
+            await session.add_items([item("lost?")])
+        for name in "ac":
+            await cold(gateway, name)
+            moved_away = Path(str(make_url(urls[name]).database))
+            await asyncio.to_thread(moved_away.rename, moved_away.with_suffix(".away"))
+            await asyncio.to_thread(moved_away.mkdir)
+        for _ in range(5):
+            await asyncio.sleep(0.15)  # longer than a quarantine stays unexamined
+            with pytest.raises((ShardQuarantined, OwnershipConflict)):
+                await session.add_items([item("lost?")])
+        for name in "ac":
+            moved_away = Path(str(make_url(urls[name]).database))
+            await asyncio.to_thread(moved_away.rmdir)
+            await asyncio.to_thread(moved_away.with_suffix(".away").rename, moved_away)
+        assert await content(urls["b"]) == before
+
+
+@pytest.mark.backends("sqlite")
+async def test_a_peer_that_refuses_statements_takes_nobody_with_it(
+    urls: dict[str, str], copies: Copies
+) -> None:
+    async with Gateway(settings(urls)) as gateway:
+        on_b = gateway.tenant("acme").session(session_on(gateway, "b"))
+        await on_b.add_items([item("one")])
+        await execute(urls["a"], text("DROP TABLE shardgate_peers"))
+        await cold(gateway, "b")
+        await copies.restore(await copies.save())
+        await on_b.add_items([item("two")])
+        assert texts(await on_b.get_items()) == ["one", "two"]
+        async with Gateway(settings(urls)) as new:
+            await new.tenant("acme").session(on_b.key.session_id).add_items([item("three")])
+            report = await new.check()
+            assert [name for name, health in report.shards.items() if not health.ok] == ["a"]
+
+
+@pytest.mark.backends("postgresql-18")
+@pytest.mark.parametrize("deadline", [2, 10])
+async def test_a_restart_beside_a_peer_that_hangs(
+    deadline: int, databases: MakeDatabases, backend: Backend, start_server: StartServer
+) -> None:
+    """It is waited for, but for a part of the deadline only."""
+    hanging, c = await databases(2)
+    server = await start_server(backend)
+    url = await server.create_database()
+    async with HoldingProxy.in_front_of(hanging.url) as proxy:
+        urls = {"a": proxy.url(hanging.url), "b": url, "c": c.url}
+        values = settings_at(urls, slots=SLOTS, operation_deadline=deadline)
+        async with Gateway(values) as gateway:
+            session = gateway.tenant("acme").session(session_on(gateway, "b"))
+            await session.add_items([item("one")])
+            proxy.freeze()
+            await server.kill()
+            await server.start()
+            await session.add_items([item("two")])
+            assert texts(await session.get_items()) == ["one", "two"]
+            proxy.resume()
+
+
+@pytest.mark.backends("postgresql-18")
+@pytest.mark.parametrize("pool", [{"pool_pre_ping": True}, {"poolclass": NullPool}], ids=str)
+async def test_a_database_that_is_replaced_in_a_running_server(
+    pool: dict[str, Any], databases: MakeDatabases, backend: Backend, start_server: StartServer
+) -> None:
+    """No connection is seen to be lost, and the server is the same run."""
+    a, c = await databases(2)
+    server = await start_server(backend)
+    url = await server.create_database("tenants")
+    urls = {"a": a.url, "b": url, "c": c.url}
+    engine = create_async_engine(url, **pool)
+    try:
+        async with Gateway(settings(urls), engines={"b": engine}) as gateway:
+            on_b, moving = _two_slots(gateway, "b")
+            session = gateway.tenant("acme").session(on_b)
+            await session.add_items([item("one")])
+            await engine.dispose()
+            await server._execute('CREATE DATABASE "copy" TEMPLATE "tenants"')
+            await moved(urls, gateway.route("acme", moving).slot, "b", "a")
+            await server._execute(
+                'DROP DATABASE "tenants" WITH (FORCE)', 'CREATE DATABASE "tenants" TEMPLATE "copy"'
+            )
+            await refused(partial(session.add_items, [item("lost?")]))
+            assert texts(await session.get_items()) == ["one"]
+    finally:
+        await engine.dispose()

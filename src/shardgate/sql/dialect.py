@@ -117,6 +117,11 @@ class Admission:
     shard_uuid: str | None = None
     map_version: int = 0
 
+    def is_same(self, other: Admission) -> bool:
+        """Whether both tell of the same run of the same server, and the same of the shard."""
+        shard = self.shard_uuid, self.map_version
+        return shard == (other.shard_uuid, other.map_version) and self.server.is_same(other.server)
+
 
 LISTED_AT_SECONDS = 60
 """How coarse ``listed_at`` is: it follows ``updated_at`` at most once in this many seconds."""
