@@ -198,11 +198,14 @@ class _Link:
         while data := await reader.read(CHUNK):
             self._count(side, len(data))
             passing, cut = await self._proxy._passage(side, data)
-            writer.write(passing)
-            await writer.drain()
+            try:
+                writer.write(passing)
+                await writer.drain()
+            finally:  # whoever is to be cut off may have gone by himself
+                if cut:
+                    self.reset()
+                    self._proxy._cuts.set()
             if cut:
-                self.reset()
-                self._proxy._cuts.set()
                 return
         with contextlib.suppress(OSError):
             writer.write_eof()
