@@ -19,6 +19,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.pool import AssertionPool, SingletonThreadPool, StaticPool
 from sqlalchemy.util import greenlet_spawn
 
+from shardgate.coalescing import ALONE, Lane, Ticket
 from shardgate.engines import state_of
 from shardgate.errors import (
     Contended,
@@ -30,20 +31,31 @@ from shardgate.errors import (
 )
 from shardgate.settling import settle
 from shardgate.sql.create import create_tables, transaction, verify_tables
+from shardgate.sql.dialect import Append, TailRead
 
 if TYPE_CHECKING:
     import threading
-    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+    from collections.abc import (
+        AsyncIterator,
+        Awaitable,
+        Callable,
+        Iterator,
+        Mapping,
+        Sequence,
+    )
 
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
     from sqlalchemy.pool import PoolProxiedConnection
 
-    from shardgate.sql.dialect import Admission, Server
+    from shardgate.coalescing import Alone
+    from shardgate.sql.dialect import Admission, Dialect, Outcome, Server
     from shardgate.sql.schema import TableNames, Tables
 
     Verify = Callable[["Shard"], Awaitable[None]]
 
 T = TypeVar("T")
+J = TypeVar("J", Append, TailRead)
+R = TypeVar("R")
 
 CONTENTION_SECONDS = 30.0
 """How long an operation without a deadline tries again after contention."""
@@ -57,6 +69,11 @@ _POLL = 0.005
 _SINGLE_CONNECTION = (StaticPool, AssertionPool, SingletonThreadPool)
 _ADMISSION, _VERIFIED = "shardgate.admission", "shardgate.verified"
 
+SEATS = 1
+"""Statements of a kind that are under way before what comes next is gathered."""
+LONGEST_TAIL = 100
+"""Rows of a reading that is sent together with others."""
+
 
 class Attempt:
     """How far an operation has come.
@@ -64,10 +81,11 @@ class Attempt:
     ``sent``: the attempt under way has reached the driver. ``lost``: an attempt that was sent has
     not been answered, so it may have taken effect. ``began``: when the attempt under way began, by
     the event loop's clock. ``about_the_shard``: it asks what a shard is, or tells it, so it does
-    not depend on the answer; ``probing``: even while the shard is down.
+    not depend on the answer; ``probing``: even while the shard is down. ``alone``: it was sent with
+    others, and has to be sent by itself.
     """
 
-    __slots__ = ("about_the_shard", "began", "lost", "probing", "sent")
+    __slots__ = ("about_the_shard", "alone", "began", "lost", "probing", "sent")
 
     def __init__(self, *, about_the_shard: bool = False, probing: bool = False) -> None:
         self.sent = False
@@ -75,6 +93,11 @@ class Attempt:
         self.began = 0.0
         self.about_the_shard = about_the_shard
         self.probing = probing
+        self.alone = False
+
+    def board(self) -> None:
+        """It is sent now."""
+        self.sent = True
 
 
 class UnverifiedError(ShardgateError):
@@ -87,6 +110,56 @@ class UnverifiedError(ShardgateError):
         self.server = server
         self.connection = connection
         super().__init__("the server has not been verified")
+
+
+class Appends:
+    """How appends are sent: one, or several as one statement."""
+
+    writes = True
+
+    @staticmethod
+    async def one(dialect: Dialect, append: Append, connection: Any) -> Outcome:
+        return await dialect.append(
+            connection,
+            append.key,
+            append.guard,
+            append.operation,
+            append.items,
+            append.incarnation,
+        )
+
+    @staticmethod
+    async def many(
+        dialect: Dialect, appends: Sequence[Append], connection: Any
+    ) -> list[Outcome | Alone]:
+        outcomes = await dialect.append_many(connection, appends)
+        return [ALONE if outcome is None else outcome for outcome in outcomes]
+
+    @staticmethod
+    def answer_bytes(_outcomes: Sequence[Outcome | Alone]) -> int:
+        return 0
+
+
+class TailReads:
+    """How tails are read: one, or several as one statement. None where the guard fails."""
+
+    writes = False
+
+    @staticmethod
+    async def one(dialect: Dialect, read: TailRead, connection: Any) -> list[str] | None:
+        rows = await dialect.tail(connection, read.key, read.guard, read.limit)
+        return None if rows is None else [row.data for row in rows]
+
+    @staticmethod
+    async def many(
+        dialect: Dialect, reads: Sequence[TailRead], connection: Any
+    ) -> list[list[str] | None]:
+        return await dialect.tail_many(connection, reads)
+
+    @staticmethod
+    def answer_bytes(answers: Sequence[list[str] | None]) -> int:
+        """How much one answer has, on average."""
+        return sum(sum(map(len, rows or ())) for rows in answers) // len(answers)
 
 
 class Patience:
@@ -144,6 +217,7 @@ class Database:
 
     deadline: float | None = None
     outage = OUTAGE_SECONDS
+    coalesce = True
 
     def __init__(self, engine: AsyncEngine, tables: Tables) -> None:
         self.engine = engine
@@ -158,6 +232,88 @@ class Database:
     async def write(self, action: Callable[[Any], Awaitable[T]]) -> T:
         """Run ``action`` on a driver's connection; it takes effect whole or not at all."""
         return await self._settled(partial(self._alone, action))
+
+    async def append(self, append: Append) -> Outcome:
+        """As :meth:`write`; sent together with others, where it would have to wait."""
+        return await self._settled(partial(self._gathered, Appends, append))
+
+    async def tail(self, read: TailRead) -> list[str] | None:
+        """As :meth:`read`, the newest rows, newest first; together with others likewise.
+
+        None where the guard fails.
+        """
+        short = read.limit is not None and read.limit <= LONGEST_TAIL
+        once = partial(self._gathered if short else self._single, TailReads, read)
+        return await self._run(once, Attempt(), writes=False)
+
+    async def _gathered(self, kind: Any, load: J, attempt: Attempt) -> Any:
+        """Send one operation: at once if a seat is free, else with those who wait for one too.
+
+        Not where it may be under way already: two of the same in one statement, or in two that hold
+        other sessions' rows, would be in each other's way.
+        """
+        gathers = self.coalesce and self.dialect.gathers
+        if not gathers or attempt.lost or attempt.alone:
+            return await self._single(kind, load, attempt)
+        lane: Lane[J, Any] = self.state.own((kind, self.dialect), lambda: Lane(seats=SEATS))
+        seat = lane.take_seat()
+        if seat is not None:
+            try:
+                return await self._single(kind, load, attempt)
+            finally:
+                lane.give_back(seat)
+        ticket: Ticket[J, Any] = Ticket(load, attempt.board, partial(self._fly, kind, lane))
+        lane.wait(ticket)
+        outcome = await ticket.outcome
+        if outcome is not ALONE:
+            return outcome
+        attempt.alone, attempt.sent = True, False
+        return await self._single(kind, load, attempt)
+
+    async def _single(self, kind: Any, load: J, attempt: Attempt) -> Any:
+        act = partial(kind.one, self.dialect, load)
+        if kind.writes:
+            return await self._alone(act, attempt)
+        return await self._once(act, attempt)
+
+    async def _fly(self, kind: Any, lane: Lane[J, Any], tickets: Sequence[Ticket[J, Any]]) -> None:
+        """Send several operations as one statement.
+
+        Where it is not known whether it has arrived, or it could not be sent, each operation gets
+        the error, and does about it what it would do by itself. Any other error may be another
+        one's: each goes alone.
+        """
+        aboard: list[Ticket[J, Any]] = []
+
+        async def act(connection: Any) -> Sequence[Any]:
+            aboard.extend(ticket for ticket in tickets if ticket.waits)
+            for ticket in aboard:
+                ticket.board()
+            loads = [ticket.load for ticket in aboard]
+            if not loads:
+                return []
+            if len(loads) == 1:
+                return [await kind.one(self.dialect, loads[0], connection)]
+            outcomes: Sequence[Any] = await kind.many(self.dialect, loads, connection)
+            lane.answer_bytes = kind.answer_bytes(outcomes)
+            return outcomes
+
+        attempt = Attempt()
+        try:
+            async with asyncio.timeout(self.deadline):
+                outcomes = await self._once(act, attempt)
+        except Exception as error:
+            if not attempt.sent or self._is_unanswered(error):
+                raise
+            outcomes = [ALONE] * len(aboard)
+        for ticket, outcome in zip(aboard, outcomes, strict=True):
+            ticket.give(outcome)
+
+    def _is_unanswered(self, error: Exception) -> bool:
+        """Whether a statement that was sent may have taken effect, for all that is known."""
+        if not isinstance(error, DBAPIError):
+            return isinstance(error, OSError)  # TimeoutError is one
+        return error.connection_invalidated or self.dialect.is_lost(driver_error(error))
 
     async def transact(self, action: Callable[[AsyncConnection], Awaitable[T]]) -> T:
         """Run ``action`` in a transaction of several statements that locks before it reads."""

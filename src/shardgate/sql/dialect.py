@@ -91,11 +91,11 @@ class Append:
 
 @dataclass(frozen=True, slots=True)
 class TailRead:
-    """A reading of a session's newest ``limit`` rows."""
+    """A reading of a session's newest ``limit`` rows (None: all)."""
 
     key: Key
     guard: Guard | None
-    limit: int
+    limit: int | None
 
     weight: ClassVar[int] = 0
 
@@ -202,18 +202,14 @@ class Dialect(ABC):
     ) -> list[Row] | None:
         """The newest ``limit`` rows (None: all), newest first; None where the guard fails."""
 
-    async def append_many(
-        self, connection: Any, appends: Sequence[Append]
-    ) -> list[Outcome | None]:
+    async def append_many(self, connection: Any, appends: Sequence[Append]) -> list[Outcome | None]:
         """Several appends as one statement; of a session's, the earlier one goes first.
 
         None: somebody else holds the session; nothing has become of this append.
         """
         raise NotImplementedError
 
-    async def tail_many(
-        self, connection: Any, reads: Sequence[TailRead]
-    ) -> list[list[str] | None]:
+    async def tail_many(self, connection: Any, reads: Sequence[TailRead]) -> list[list[str] | None]:
         """Several tails as one statement: the rows' data, newest first, without their numbers."""
         raise NotImplementedError
 

@@ -326,9 +326,7 @@ class PostgreSQL(Dialect):
             return None
         return [Row(seq, data) for _, seq, data in rows if seq is not None]
 
-    async def append_many(
-        self, connection: Any, appends: Sequence[Append]
-    ) -> list[Outcome | None]:
+    async def append_many(self, connection: Any, appends: Sequence[Append]) -> list[Outcome | None]:
         jobs = [
             (
                 *_place(append.key, append.guard),
@@ -351,9 +349,7 @@ class PostgreSQL(Dialect):
         )
         return [None if here and not ready else _outcome((here, new)) for here, ready, new in rows]
 
-    async def tail_many(
-        self, connection: Any, reads: Sequence[TailRead]
-    ) -> list[list[str] | None]:
+    async def tail_many(self, connection: Any, reads: Sequence[TailRead]) -> list[list[str] | None]:
         jobs = [(*_place(read.key, read.guard), read.limit) for read in reads]
         rows = await connection.fetch(self.tail_many_sql, *zip(*jobs, strict=True))
         return [data if here else None for here, data in rows]
