@@ -211,6 +211,8 @@ class Outage:
 class Database:
     """One set of tables behind one engine. Errors are SQLAlchemy's own.
 
+    ``coalesce``: appends and short readings that would wait are sent together.
+
     A write that was sent is waited for before a cancellation is raised; a read that is cancelled
     gives its connection up. Neither leaks a connection.
     """
@@ -657,10 +659,19 @@ class Shard(Database):
             lifts the quarantine, or raises ShardUnavailable. None: any server will do.
     """
 
-    def __init__(self, name: str, engine: AsyncEngine, tables: Tables, *, deadline: float) -> None:
+    def __init__(
+        self,
+        name: str,
+        engine: AsyncEngine,
+        tables: Tables,
+        *,
+        deadline: float,
+        coalesce: bool = True,
+    ) -> None:
         super().__init__(engine, tables)
         self.name = name
         self.deadline = deadline
+        self.coalesce = coalesce
         self.quarantine: Quarantine | None = None
         self.verify: Verify | None = None
         self._server: Server | None = None

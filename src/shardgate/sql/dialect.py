@@ -84,9 +84,9 @@ class Append:
         return sum(map(len, self.items))
 
     @property
-    def identity(self) -> tuple[Key, str]:
-        """Two that are the same one must not be in one statement."""
-        return self.key, self.operation.op_id
+    def identity(self) -> str:
+        """Two that may be the same one must not be in one statement."""
+        return self.operation.op_id
 
 
 @dataclass(frozen=True, slots=True)

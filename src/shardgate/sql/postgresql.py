@@ -162,9 +162,15 @@ _ADMIT = """
 """
 
 # Many appends as one, each of them guarded and recorded by itself. Sessions are locked before the
-# ops are recorded, those that somebody holds are left out instead of waited for, and what is locked
-# is locked in key order: so a statement waits for another one only where both make the same new
-# session, or are twins. Appends of one session are numbered in their order ("no").
+# ops are recorded, and those that somebody holds are left out instead of waited for. So a statement
+# waits for another one's rows only where both make the same new session, or are twins, and makes
+# sessions and ops in key order. (Two may still wait for each other, where a third has made another
+# session between their snapshots, or a twin is sent by itself: one of them is then refused as
+# contended, and its appends are sent one by one.) Appends of one session are numbered in their
+# order ("no"). No two of a statement have the same op_id, and no two sessions the same h.
+#
+# What a step needs of another one is looked up in arrays: the planner takes each step for one row,
+# and would join them by comparing all with all.
 _JOBS = """
     job AS MATERIALIZED (
         SELECT * FROM unnest($1::text[], $2::text[], $3::int[], $4::text[], $5::bigint[],
@@ -188,25 +194,21 @@ _ALL_HERE = "here AS (SELECT * FROM job)"
 # $11 the number of an item's append, $12 its place there from 1, $13 the item, $14 its size.
 _APPEND_MANY = """
     WITH {jobs}, {here}, free AS MATERIALIZED (
-        SELECT s.tenant_id, s.session_id
-        FROM (SELECT DISTINCT tenant_id, session_id FROM here) AS wanted
-            JOIN {sessions} AS s USING (tenant_id, session_id)
-        ORDER BY s.tenant_id, s.session_id FOR NO KEY UPDATE OF s SKIP LOCKED
+        SELECT here.no FROM here JOIN {sessions} AS s USING (tenant_id, session_id)
+        FOR NO KEY UPDATE OF s SKIP LOCKED
     ), ready AS MATERIALIZED (
-        SELECT here.* FROM here LEFT JOIN free USING (tenant_id, session_id)
-        WHERE free.session_id IS NOT NULL OR NOT EXISTS (
+        SELECT here.* FROM here WHERE no = ANY (ARRAY(SELECT no FROM free)) OR NOT EXISTS (
             SELECT FROM {sessions} AS s
             WHERE s.tenant_id = here.tenant_id AND s.session_id = here.session_id)
     ), op AS (
         INSERT INTO {ops} (h, tenant_id, session_id, op_id, kind, fingerprint, n, created_at)
         SELECT h, tenant_id, session_id, op_id, 'append', fingerprint, n, {now} FROM ready
         ORDER BY h, tenant_id, session_id, op_id
-        ON CONFLICT DO NOTHING RETURNING tenant_id, session_id, op_id
+        ON CONFLICT DO NOTHING RETURNING op_id
     ), fresh AS MATERIALIZED (
         SELECT ready.*,
-            sum(n) OVER (PARTITION BY tenant_id, session_id)
-                - sum(n) OVER (PARTITION BY tenant_id, session_id ORDER BY no) + n AS behind
-        FROM ready JOIN op USING (tenant_id, session_id, op_id)
+            sum(n) OVER (PARTITION BY h) - sum(n) OVER (PARTITION BY h ORDER BY no) + n AS behind
+        FROM ready WHERE op_id = ANY (ARRAY(SELECT op_id::text FROM op))
     ), locked AS (
         INSERT INTO {sessions} AS s
             (tenant_id, session_id, h, incarnation, next_seq, floor_seq, revision,
@@ -222,23 +224,24 @@ _APPEND_MANY = """
             updated_at = excluded.updated_at,
             listed_at = CASE WHEN s.listed_at < excluded.listed_at - interval '{coarse} seconds'
                              THEN excluded.listed_at ELSE s.listed_at END
-        RETURNING s.tenant_id, s.session_id, s.next_seq, s.updated_at
+        RETURNING s.h, s.next_seq, s.updated_at
+    ), placed AS MATERIALIZED (
+        SELECT fresh.*, array_position(ARRAY(SELECT h FROM locked), h) AS at FROM fresh
     ), added AS (
         INSERT INTO {messages}
             (tenant_id, session_id, seq, message_data, op_id, nbytes, created_at)
-        SELECT tenant_id, session_id, locked.next_seq - fresh.behind + item.place - 1, item.data,
-               fresh.op_id, item.size, locked.updated_at
-        FROM fresh JOIN locked USING (tenant_id, session_id)
-            JOIN unnest($11::int[], $12::int[], $13::text[], $14::bigint[])
-                AS item (no, place, data, size) ON item.no = fresh.no
+        SELECT tenant_id, session_id,
+               (ARRAY(SELECT next_seq FROM locked))[at] - behind + item.place - 1, item.data,
+               op_id, item.size, (ARRAY(SELECT updated_at FROM locked))[at]
+        FROM placed JOIN unnest($11::int[], $12::int[], $13::text[], $14::bigint[])
+            AS item (no, place, data, size) USING (no)
     )
-    SELECT here.no IS NOT NULL, ready.no IS NOT NULL, op.op_id IS NOT NULL
-    FROM job LEFT JOIN here USING (no) LEFT JOIN ready USING (no)
-        LEFT JOIN op ON op.tenant_id = job.tenant_id AND op.session_id = job.session_id
-            AND op.op_id = job.op_id
-    ORDER BY job.no
+    SELECT no = ANY (ARRAY(SELECT no FROM here)), no = ANY (ARRAY(SELECT no FROM ready)),
+           no = ANY (ARRAY(SELECT no FROM fresh))
+    FROM job ORDER BY no
 """
 
+# The guard as a value, not as EXISTS: that might be looked up in a hash of all slots.
 _TAIL_MANY = """
     SELECT held.here, CASE WHEN held.here THEN ARRAY(
         SELECT message_data FROM {messages} AS m
@@ -248,13 +251,13 @@ _TAIL_MANY = """
         ORDER BY m.seq DESC LIMIT job.wanted) END
     FROM unnest($1::text[], $2::text[], $3::int[], $4::text[], $5::int[]) WITH ORDINALITY
         AS job (tenant_id, session_id, slot, owner, wanted, no),
-        LATERAL (SELECT {held_many} AS here) AS held
+        LATERAL (SELECT {held_many} AS here OFFSET 0) AS held
     ORDER BY job.no
 """
 _HELD_MANY = """
-    EXISTS (SELECT FROM {slots} AS slot, {tenants} AS tenant
+    COALESCE((SELECT true FROM {slots} AS slot, {tenants} AS tenant
     WHERE slot.slot = job.slot AND slot.owner = job.owner AND slot.state = 'owned'
-        AND tenant.tenant_id = job.tenant_id AND tenant.status = 'admitted')
+        AND tenant.tenant_id = job.tenant_id AND tenant.status = 'admitted'), false)
 """
 
 _CONTENTION = (
@@ -327,6 +330,8 @@ class PostgreSQL(Dialect):
         return [Row(seq, data) for _, seq, data in rows if seq is not None]
 
     async def append_many(self, connection: Any, appends: Sequence[Append]) -> list[Outcome | None]:
+        if len({append.key for append in appends}) != len({append.key.h for append in appends}):
+            raise ValueError("two sessions of the same hash cannot be in one statement")
         jobs = [
             (
                 *_place(append.key, append.guard),
