@@ -117,6 +117,8 @@ def make_engine(url: str | URL, engine_kwargs: dict[str, Any]) -> AsyncEngine:
         options |= {"isolation_level": "AUTOCOMMIT", "skip_autocommit_rollback": True}
     if driver == MySQL.driver and "charset" not in url.query:
         options["connect_args"] = {"charset": "utf8mb4"} | options.get("connect_args", {})
+    if driver != SQLite.driver and not {"pool", "poolclass"} & options.keys():
+        options.setdefault("pool_use_lifo", True)  # what was used last has its statements prepared
     if driver == SQLite.driver:
         options.setdefault("pool_reset_on_return", None)
     engine = create_async_engine(url, **options)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from shardgate.errors import UsageError
+from shardgate.items import decode
 from shardgate.purge import OPERATION_MEMORY, purge_of
 from shardgate.sql import transactions
 from shardgate.sql.dialect import Append, Operation, Outcome, TailRead
@@ -32,11 +33,13 @@ logger = logging.getLogger("shardgate")
 
 _OPTIMISTIC_POPS = 3
 _INCARNATION_BITS = 63
+_NO_ITEM = (ValueError, TypeError, RecursionError)
+_UNDECODABLE = (UndecodableError, *_NO_ITEM)
 
 
 @dataclass(frozen=True, slots=True)
 class Codec:
-    """How a session reads its rows. ``is_json`` promises that whatever is JSON can be decoded."""
+    """How a session reads its rows. ``is_json``: as :func:`shardgate.items.decode` does."""
 
     decode: Callable[[str], Awaitable[Any]]
     is_json: bool
@@ -49,7 +52,7 @@ class Codec:
         """
         try:
             return await self.decode(data)
-        except (ValueError, TypeError, RecursionError) as error:
+        except _NO_ITEM as error:
             raise UndecodableError(str(error)) from error
 
 
@@ -98,8 +101,8 @@ class Store:
         items, skipped = [], 0
         for data in reversed(newest_first):
             try:
-                items.append(await codec.item(data))
-            except UndecodableError:
+                items.append(decode(data) if codec.is_json else await codec.item(data))
+            except _UNDECODABLE:
                 skipped += 1
         _log_skipped(key, skipped)
         return items
