@@ -104,7 +104,10 @@ _ANY_JSON = st.recursive(
     text=st.one_of(
         st.text(),
         st.builds(
-            "{}{}{}".format, st.text(" \n\t\r\ufeff"), _ANY_JSON.map(json.dumps), st.text(" \n\t]},")
+            "{}{}{}".format,
+            st.text(" \n\t\r\ufeff"),
+            _ANY_JSON.map(json.dumps),
+            st.text(" \n\t]},"),
         ),
     )
 )

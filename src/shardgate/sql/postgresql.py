@@ -241,7 +241,9 @@ _APPEND_MANY = """
     FROM job ORDER BY no
 """
 
-# The guard as a value, not as EXISTS: that might be looked up in a hash of all slots.
+# The guard as a value, not as EXISTS: that might be looked up in a hash of all slots. The arrays as
+# subqueries, which hide their lengths: else a few would be planned anew each time, as cheaper than
+# the ten that a plan for any number counts on.
 _TAIL_MANY = """
     SELECT held.here, CASE WHEN held.here THEN ARRAY(
         SELECT message_data FROM {messages} AS m
@@ -249,7 +251,8 @@ _TAIL_MANY = """
             SELECT floor_seq FROM {sessions} AS s
             WHERE s.tenant_id = job.tenant_id AND s.session_id = job.session_id)
         ORDER BY m.seq DESC LIMIT job.wanted) END
-    FROM unnest($1::text[], $2::text[], $3::int[], $4::text[], $5::int[]) WITH ORDINALITY
+    FROM unnest((SELECT $1::text[]), (SELECT $2::text[]), (SELECT $3::int[]), (SELECT $4::text[]),
+            (SELECT $5::int[])) WITH ORDINALITY
         AS job (tenant_id, session_id, slot, owner, wanted, no),
         LATERAL (SELECT {held_many} AS here OFFSET 0) AS held
     ORDER BY job.no
