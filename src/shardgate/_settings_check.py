@@ -37,6 +37,7 @@ WANTED = {
     "operation_deadline": "must be a number of seconds above 0, such as 10",
     "operation_memory": "must be a number of seconds above 0, such as 86400",
     "create_tables": "must be true or false",
+    "coalesce": "must be true or false",
 }
 
 

@@ -39,7 +39,7 @@ POOLS: dict[str, type[Pool]] = {
     pool.__name__: pool for pool in (AsyncAdaptedQueuePool, NullPool, StaticPool)
 }
 QUEUE_OPTIONS = ("pool_size", "max_overflow", "pool_timeout", "pool_use_lifo")
-DEFAULT_OPTIONS = {"pool_size": 3, "max_overflow": 2}
+DEFAULT_OPTIONS = {"pool_size": 3, "max_overflow": 2, "pool_use_lifo": True}
 
 TRUTHS = {
     **dict.fromkeys(("true", "yes", "on", "1"), True),

@@ -84,6 +84,7 @@ GATEWAY = Shape(
         "operation_deadline": VALUE,
         "operation_memory": VALUE,
         "create_tables": VALUE,
+        "coalesce": VALUE,
     }
 )
 

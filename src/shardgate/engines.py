@@ -19,7 +19,7 @@ from shardgate.sql.postgresql import PostgreSQL
 from shardgate.sql.sqlite import SQLite
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Hashable
 
     from sqlalchemy import URL, Pool
 
@@ -44,15 +44,15 @@ class EngineState:
         self.single_connection = threading.Lock()
         self.answered = float("-inf")  # when the database last answered, by the event loop's clock
         self._dialects: dict[tuple[str | None, TableNames], Dialect] = {}
-        self._of_loops: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, Any]] = (
-            weakref.WeakKeyDictionary()
-        )
+        self._of_loops: weakref.WeakKeyDictionary[
+            asyncio.AbstractEventLoop, dict[Hashable, Any]
+        ] = weakref.WeakKeyDictionary()
 
     def lock(self, purpose: str) -> asyncio.Lock:
         """A lock of this engine, of the running event loop's own."""
         return self.own(f"lock: {purpose}", asyncio.Lock)
 
-    def own(self, name: str, make: Callable[[], T]) -> T:
+    def own(self, name: Hashable, make: Callable[[], T]) -> T:
         """What the running event loop has of this name on this engine; made when first asked."""
         for loop in [loop for loop in self._of_loops if loop.is_closed()]:
             del self._of_loops[loop]  # a lock that was waited for holds its loop
@@ -117,6 +117,8 @@ def make_engine(url: str | URL, engine_kwargs: dict[str, Any]) -> AsyncEngine:
         options |= {"isolation_level": "AUTOCOMMIT", "skip_autocommit_rollback": True}
     if driver == MySQL.driver and "charset" not in url.query:
         options["connect_args"] = {"charset": "utf8mb4"} | options.get("connect_args", {})
+    if driver != SQLite.driver and not {"pool", "poolclass"} & options.keys():
+        options.setdefault("pool_use_lifo", True)  # what was used last has its statements prepared
     if driver == SQLite.driver:
         options.setdefault("pool_reset_on_return", None)
     engine = create_async_engine(url, **options)

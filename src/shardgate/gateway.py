@@ -118,7 +118,9 @@ class Gateway:
             tables = build_tables(names, schema=shard.schema_)
             deadline = settings.operation_deadline
             try:
-                self._shards[name] = Shard(name, engine, tables, deadline=deadline)
+                self._shards[name] = Shard(
+                    name, engine, tables, deadline=deadline, coalesce=settings.coalesce
+                )
             except UsageError as error:
                 raise UsageError(f"shard {name!r}: {error}") from None
         self._keyspaces = {

@@ -19,6 +19,7 @@ MAX_DEPTH = 500
 
 _DIGITS = 4000
 _LEAVES = (str, int, float, type(None))
+_scan = json.JSONDecoder().scan_once
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -39,6 +40,9 @@ def encode(item: object, *, ensure_ascii: bool = True) -> str:
 def decode(text: str) -> Any:
     """The item of a stored text; raises ValueError, TypeError or RecursionError if it is none."""
     try:
+        item, end = _scan(text, 0)
+        return item if end == len(text) else json.loads(text)
+    except StopIteration:  # a blank, or something else that no value begins with
         return json.loads(text)
     except json.JSONDecodeError:
         raise

@@ -161,8 +161,9 @@ class GatewaySettings(BaseSettings):
     shard recognises an operation that is sent again, an idempotency key, and the op_id that
     ``settle`` asks about. What comes later is new to it: a key is accepted anew, and ``settle``
     says of an operation that has landed that it has not. ``engine_kwargs`` counts for every shard,
-    below the shard's own. Raises SettingsError with one line for each mistake; warns with
-    PoolSizeWarning.
+    below the shard's own. ``coalesce``: whether appends and short readings that would wait for a
+    database are sent together, where it can take them so. Raises SettingsError with one line for
+    each mistake; warns with PoolSizeWarning.
     """
 
     model_config = SettingsConfigDict(
@@ -182,6 +183,7 @@ class GatewaySettings(BaseSettings):
     operation_deadline: Positive = 10.0
     operation_memory: Positive = 86400.0
     create_tables: bool = False
+    coalesce: bool = True
 
     def __init__(
         self,

@@ -20,6 +20,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.pool import AssertionPool, SingletonThreadPool, StaticPool
 from sqlalchemy.util import greenlet_spawn
 
+from shardgate.coalescing import ALONE, Lane, Ticket
 from shardgate.engines import state_of
 from shardgate.errors import (
     Contended,
@@ -32,20 +33,32 @@ from shardgate.errors import (
 )
 from shardgate.settling import settle
 from shardgate.sql.create import create_tables, transaction, verify_tables
+from shardgate.sql.dialect import Append, TailRead
 
 if TYPE_CHECKING:
     import threading
-    from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping
+    from collections.abc import (
+        AsyncIterator,
+        Awaitable,
+        Callable,
+        Coroutine,
+        Iterator,
+        Mapping,
+        Sequence,
+    )
 
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
     from sqlalchemy.pool import PoolProxiedConnection
 
-    from shardgate.sql.dialect import Admission, Server
+    from shardgate.coalescing import Alone
+    from shardgate.sql.dialect import Admission, Dialect, Outcome, Server
     from shardgate.sql.schema import TableNames, Tables
 
     Verify = Callable[["Shard", Admission], Coroutine[Any, Any, "Quarantine | None"]]
 
 T = TypeVar("T")
+J = TypeVar("J", Append, TailRead)
+R = TypeVar("R")
 
 CONTENTION_SECONDS = 30.0
 """How long an operation without a deadline tries again after contention."""
@@ -66,6 +79,11 @@ UNANSWERED: ContextVar[list[str] | None] = ContextVar("UNANSWERED", default=None
 write, was sent without an answer (the shard's name): whatever happens after that, it may have taken
 effect."""
 
+SEATS = 1
+"""Statements of a kind that are under way before what comes next is gathered."""
+LONGEST_TAIL = 100
+"""Rows of a reading that is sent together with others."""
+
 
 class Attempt:
     """How far an operation has come.
@@ -73,10 +91,11 @@ class Attempt:
     ``sent``: the attempt under way has reached the driver. ``lost``: an attempt that was sent has
     not been answered, so it may have taken effect. ``began``: when the attempt under way began, by
     the event loop's clock. ``about_the_shard``: it asks what a shard is, or tells it, so it does
-    not depend on the answer. ``server`` is the one that the attempt has led to.
+    not depend on the answer. ``server`` is the one that the attempt has led to. ``alone``: it was
+    sent with others, and has to be sent by itself.
     """
 
-    __slots__ = ("about_the_shard", "began", "lost", "sent", "server", "writes")
+    __slots__ = ("about_the_shard", "alone", "began", "lost", "sent", "server", "writes")
 
     def __init__(self, *, writes: bool = True, about_the_shard: bool = False) -> None:
         self.writes = writes
@@ -85,6 +104,11 @@ class Attempt:
         self.began = 0.0
         self.about_the_shard = about_the_shard
         self.server: Server | None = None
+        self.alone = False
+
+    def board(self) -> None:
+        """It is sent now."""
+        self.sent = True
 
 
 class UnverifiedError(ShardgateError):
@@ -97,6 +121,56 @@ class UnverifiedError(ShardgateError):
         self.admission = admission
         self.connection = connection
         super().__init__("the server has not been verified")
+
+
+class Appends:
+    """How appends are sent: one, or several as one statement."""
+
+    writes = True
+
+    @staticmethod
+    async def one(dialect: Dialect, append: Append, connection: Any) -> Outcome:
+        return await dialect.append(
+            connection,
+            append.key,
+            append.guard,
+            append.operation,
+            append.items,
+            append.incarnation,
+        )
+
+    @staticmethod
+    async def many(
+        dialect: Dialect, appends: Sequence[Append], connection: Any
+    ) -> list[Outcome | Alone]:
+        outcomes = await dialect.append_many(connection, appends)
+        return [ALONE if outcome is None else outcome for outcome in outcomes]
+
+    @staticmethod
+    def answer_bytes(_outcomes: Sequence[Outcome | Alone]) -> int:
+        return 0
+
+
+class TailReads:
+    """How tails are read: one, or several as one statement. None where the guard fails."""
+
+    writes = False
+
+    @staticmethod
+    async def one(dialect: Dialect, read: TailRead, connection: Any) -> list[str] | None:
+        rows = await dialect.tail(connection, read.key, read.guard, read.limit)
+        return None if rows is None else [row.data for row in rows]
+
+    @staticmethod
+    async def many(
+        dialect: Dialect, reads: Sequence[TailRead], connection: Any
+    ) -> list[list[str] | None]:
+        return await dialect.tail_many(connection, reads)
+
+    @staticmethod
+    def answer_bytes(answers: Sequence[list[str] | None]) -> int:
+        """How much one answer has, on average."""
+        return sum(sum(map(len, rows or ())) for rows in answers) // len(answers)
 
 
 class Patience:
@@ -148,12 +222,15 @@ class Outage:
 class Database:
     """One set of tables behind one engine. Errors are SQLAlchemy's own.
 
+    ``coalesce``: appends and short readings that would wait are sent together.
+
     A write that was sent is waited for before a cancellation is raised; a read that is cancelled
     gives its connection up. Neither leaks a connection.
     """
 
     deadline: float | None = None
     outage = OUTAGE_SECONDS
+    coalesce = True
 
     def __init__(self, engine: AsyncEngine, tables: Tables) -> None:
         self.engine = engine
@@ -168,6 +245,91 @@ class Database:
     async def write(self, action: Callable[[Any], Awaitable[T]]) -> T:
         """Run ``action`` on a driver's connection; it takes effect whole or not at all."""
         return await self._settled(partial(self._alone, action))
+
+    async def append(self, append: Append) -> Outcome:
+        """As :meth:`write`; sent together with others, where it would have to wait."""
+        return await self._settled(partial(self._gathered, Appends, append))
+
+    async def tail(self, read: TailRead) -> list[str] | None:
+        """As :meth:`read`, the newest rows, newest first; together with others likewise.
+
+        None where the guard fails.
+        """
+        short = read.limit is not None and read.limit <= LONGEST_TAIL
+        once = partial(self._gathered if short else self._single, TailReads, read)
+        return await self._run(once, Attempt(writes=False), writes=False)
+
+    async def _gathered(self, kind: Any, load: J, attempt: Attempt) -> Any:
+        """Send one operation: at once if a seat is free, else with those who wait for one too.
+
+        Not where it may be under way already: two of the same in one statement, or in two that hold
+        other sessions' rows, would be in each other's way.
+        """
+        gathers = self.coalesce and self.dialect.gathers
+        if not gathers or attempt.lost or attempt.alone:
+            return await self._single(kind, load, attempt)
+        lane = self._lane(kind)
+        seat = lane.take_seat()
+        if seat is not None:
+            try:
+                return await self._single(kind, load, attempt)
+            finally:
+                lane.give_back(seat)
+        ticket: Ticket[J, Any] = Ticket(load, attempt.board, partial(self._fly, kind, lane))
+        lane.wait(ticket)
+        outcome = await ticket.outcome
+        if outcome is not ALONE:
+            return outcome
+        attempt.alone, attempt.sent = True, False
+        return await self._single(kind, load, attempt)
+
+    def _lane(self, kind: Any) -> Lane[Any, Any]:
+        return self.state.own((kind, self.dialect), lambda: Lane(seats=SEATS))
+
+    async def _single(self, kind: Any, load: J, attempt: Attempt) -> Any:
+        act = partial(kind.one, self.dialect, load)
+        if kind.writes:
+            return await self._alone(act, attempt)
+        return await self._once(act, attempt)
+
+    async def _fly(self, kind: Any, lane: Lane[J, Any], tickets: Sequence[Ticket[J, Any]]) -> None:
+        """Send several operations as one statement.
+
+        Where it is not known whether it has arrived, or it could not be sent, each operation gets
+        the error, and does about it what it would do by itself. Any other error may be another
+        one's: each goes alone.
+        """
+        aboard: list[Ticket[J, Any]] = []
+
+        async def act(connection: Any) -> Sequence[Any]:
+            aboard.extend(ticket for ticket in tickets if ticket.waits)
+            for ticket in aboard:
+                ticket.board()
+            loads = [ticket.load for ticket in aboard]
+            if not loads:
+                return []
+            if len(loads) == 1:
+                return [await kind.one(self.dialect, loads[0], connection)]
+            outcomes: Sequence[Any] = await kind.many(self.dialect, loads, connection)
+            lane.answer_bytes = kind.answer_bytes(outcomes)
+            return outcomes
+
+        attempt = Attempt(writes=kind.writes)
+        try:
+            async with asyncio.timeout(self.deadline):
+                outcomes = await self._once(act, attempt)
+        except Exception as error:
+            if not attempt.sent or self._is_unanswered(error):
+                raise
+            outcomes = [ALONE] * len(aboard)
+        for ticket, outcome in zip(aboard, outcomes, strict=True):
+            ticket.give(outcome)
+
+    def _is_unanswered(self, error: Exception) -> bool:
+        """Whether a statement that was sent may have taken effect, for all that is known."""
+        if not isinstance(error, DBAPIError):
+            return isinstance(error, OSError)  # TimeoutError is one
+        return error.connection_invalidated or self.dialect.is_lost(driver_error(error))
 
     async def transact(self, action: Callable[[AsyncConnection], Awaitable[T]]) -> T:
         """Run ``action`` in a transaction of several statements that locks before it reads."""
@@ -535,10 +697,19 @@ class Shard(Database):
             its peers, and returns that. None: any server will do.
     """
 
-    def __init__(self, name: str, engine: AsyncEngine, tables: Tables, *, deadline: float) -> None:
+    def __init__(
+        self,
+        name: str,
+        engine: AsyncEngine,
+        tables: Tables,
+        *,
+        deadline: float,
+        coalesce: bool = True,
+    ) -> None:
         super().__init__(engine, tables)
         self.name = name
         self.deadline = deadline
+        self.coalesce = coalesce
         self.quarantine: Quarantine | None = None
         self.uuid: str | None = None
         self.map_version = 0
@@ -548,6 +719,7 @@ class Shard(Database):
         self._looks: dict[Admission, asyncio.Task[Quarantine | None]] = {}
         self._background: set[asyncio.Task[Any]] = set()
         self._condemned: Mark | None = None
+        self._lanes: dict[Any, Lane[Any, Any]] = {}
         self._mark = object()  # other shards may use the same pool
         self._outage: Outage | None = None
 
@@ -637,6 +809,12 @@ class Shard(Database):
                 f"{self.name}' says what can be done)",
                 shard=self.name,
             )
+
+    def _lane(self, kind: Any) -> Lane[Any, Any]:
+        """Its own: what another gateway on the same engine has verified is that one's business."""
+        if kind not in self._lanes:
+            self._lanes[kind] = Lane(seats=SEATS)
+        return self._lanes[kind]
 
     def _note_unanswered(self) -> None:
         unanswered = UNANSWERED.get()

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from shardgate.errors import UsageError
+from shardgate.items import decode
 from shardgate.purge import OPERATION_MEMORY, purge_of
 from shardgate.sql import transactions
-from shardgate.sql.dialect import Operation, Outcome
+from shardgate.sql.dialect import Append, Operation, Outcome, TailRead
 from shardgate.sql.transactions import VOID, RefusedError, RepeatedError, UndecodableError
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
 
     from shardgate.shards import Database
-    from shardgate.sql.dialect import Guard, Key, Row
+    from shardgate.sql.dialect import Guard, Key
     from shardgate.sql.transactions import Listed, RecordedOp, Tail
 
 T = TypeVar("T")
@@ -32,11 +33,13 @@ logger = logging.getLogger("shardgate")
 
 _OPTIMISTIC_POPS = 3
 _INCARNATION_BITS = 63
+_NO_ITEM = (ValueError, TypeError, RecursionError)
+_UNDECODABLE = (UndecodableError, *_NO_ITEM)
 
 
 @dataclass(frozen=True, slots=True)
 class Codec:
-    """How a session reads its rows. ``is_json`` promises that whatever is JSON can be decoded."""
+    """How a session reads its rows. ``is_json``: as :func:`shardgate.items.decode` does."""
 
     decode: Callable[[str], Awaitable[Any]]
     is_json: bool
@@ -49,7 +52,7 @@ class Codec:
         """
         try:
             return await self.decode(data)
-        except (ValueError, TypeError, RecursionError) as error:
+        except _NO_ITEM as error:
             raise UndecodableError(str(error)) from error
 
 
@@ -88,21 +91,18 @@ class Store:
                 return items if limit is None else items[-limit:]
             window = 2 * len(rows)
 
-    async def _tail(self, place: Place, limit: int | None) -> list[Row]:
-        tail = self.database.dialect.tail
-        rows = await self.database.read(
-            lambda connection: tail(connection, place.key, place.guard, limit)
-        )
+    async def _tail(self, place: Place, limit: int | None) -> list[str]:
+        rows = await self.database.tail(TailRead(place.key, place.guard, limit))
         if rows is None:
             raise RefusedError
         return rows
 
-    async def _decoded(self, key: Key, newest_first: Sequence[Row], codec: Codec) -> list[Any]:
+    async def _decoded(self, key: Key, newest_first: Sequence[str], codec: Codec) -> list[Any]:
         items, skipped = [], 0
-        for row in reversed(newest_first):
+        for data in reversed(newest_first):
             try:
-                items.append(await codec.item(row.data))
-            except UndecodableError:
+                items.append(decode(data) if codec.is_json else await codec.item(data))
+            except _UNDECODABLE:
                 skipped += 1
         _log_skipped(key, skipped)
         return items
@@ -113,12 +113,9 @@ class Store:
         Raises:
             UsageError: the operation's id has been used before, for something else.
         """
-        append, incarnation = self.database.dialect.append, secrets.randbits(_INCARNATION_BITS)
-        outcome = await self._write(
-            lambda connection: append(
-                connection, place.key, place.guard, operation, items, incarnation
-            )
-        )
+        incarnation = secrets.randbits(_INCARNATION_BITS)
+        append = Append(place.key, place.guard, operation, items, incarnation)
+        outcome = await self._counted(self.database.append(append))
         await self._accept(place, operation, outcome)
 
     async def pop(self, place: Place, operation: Operation, codec: Codec) -> Any | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -10,7 +11,8 @@ from sqlalchemy import insert, text
 
 from gateway.shards import settings_at
 from shardgate import Gateway
-from shardgate.sql.dialect import Guard, Key, Operation
+from shardgate.coalescing import MOST_TOGETHER
+from shardgate.sql.dialect import Append, Guard, Key, Operation, TailRead
 from shardgate.sql.transactions import utc_now
 from shardgate.store import Place, Store
 
@@ -38,7 +40,7 @@ class Recorder:
 
     async def fetch(self, statement: str, *values: Any) -> list[Any]:
         self.sent.append((statement, values))
-        return [(True, None, None)]
+        return [(True, None, None)] if "unnest" not in statement else []
 
     async def fetchrow(self, statement: str, *values: Any) -> tuple[Any, ...]:
         self.sent.append((statement, values))
@@ -137,6 +139,20 @@ async def hot_statements(shard: Shard, place: Place) -> list[tuple[str, tuple[An
     return recorder.sent
 
 
+async def gathered_statements(shard: Shard, place: Place) -> list[tuple[str, tuple[Any, ...]]]:
+    """The real statements of appends and readings sent together, some of new sessions."""
+    recorder, dialect = Recorder(), shard.dialect
+    appends, reads = [], []
+    for number in range(MOST_TOGETHER):
+        key = place.key if number == 0 else replace(place.key, session_id=f"s{number}", h=number)
+        operation = Operation(f"new append {number}", "append")
+        appends.append(Append(key, place.guard, operation, ['{"n": 2}'] * 2, 7))
+        reads.append(TailRead(key, place.guard, 20))
+    await dialect.append_many(recorder, appends)
+    await dialect.tail_many(recorder, reads)
+    return recorder.sent
+
+
 def nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
     yield plan
     for inner in plan.get("Plans", []):
@@ -167,6 +183,32 @@ async def test_postgresql(filled: tuple[Shard, Place], mode: str) -> None:
             used |= indexes
         await driver.execute("RESET plan_cache_mode")
     assert used == keys - {"shardgate_ops_pkey"}  # an insert looks there by itself
+
+
+@pytest.mark.backends("postgresql")
+@pytest.mark.parametrize("mode", ["force_custom_plan", "force_generic_plan"])
+async def test_postgresql_together(filled: tuple[Shard, Place], mode: str) -> None:
+    """The tables that grow are only looked up by key, whatever is guessed of how many are wanted;
+    of the two that do not, it may be cheaper to read all."""
+    shard, place = filled
+    small = {"shardgate_slots", "shardgate_tenants"}
+    async with shard.engine.connect() as connection:
+        driver: Any = (await connection.get_raw_connection()).driver_connection
+        await driver.execute(f"SET plan_cache_mode = {mode}")
+        for statement, values in await gathered_statements(shard, place):
+            ((told,),) = await driver.fetch(f"EXPLAIN (FORMAT JSON) {statement}", *values)
+            found = [
+                node
+                for node in nodes(told[0]["Plan"])
+                if "Index Name" in node or node.get("Relation Name") not in {None, *small}
+            ]
+            for node in found:
+                assert node["Node Type"] in {"Index Scan", "Index Only Scan", "ModifyTable"}, told
+                assert ("Index Cond" in node) == ("Index Name" in node), told
+            used = {node["Index Name"] for node in found if "Index Name" in node}
+            assert used >= {"shardgate_sessions_pkey"}
+            assert used <= {f"shardgate_{name}_pkey" for name in TABLES}
+        await driver.execute("RESET plan_cache_mode")
 
 
 @pytest.mark.backends("mariadb", "mysql")

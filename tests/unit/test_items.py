@@ -92,3 +92,30 @@ def test_what_is_no_json_cannot_be_decoded(text: str) -> None:
 def test_text_that_no_database_stores(text: Any) -> None:
     with pytest.raises(UsageError, match="_serialize_item"):
         check_text(text)
+
+
+_ANY_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+)
+
+
+@given(
+    text=st.one_of(
+        st.text(),
+        st.builds(
+            "{}{}{}".format,
+            st.text(" \n\t\r\ufeff"),
+            _ANY_JSON.map(json.dumps),
+            st.text(" \n\t]},"),
+        ),
+    )
+)
+def test_texts_are_read_as_the_standard_library_reads_them(text: str) -> None:
+    def read(function: Any) -> tuple[str, str]:
+        try:
+            return "item", repr(function(text))
+        except ValueError as error:
+            return "error", str(error)
+
+    assert read(decode) == read(json.loads)

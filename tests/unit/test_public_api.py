@@ -78,6 +78,7 @@ class GatewaySettings(BaseSettings)
     operation_deadline: Positive = 10.0
     operation_memory: Positive = 86400.0
     create_tables: bool = False
+    coalesce: bool = True
     engine_options(shard_name: str) -> dict[str, Any]
     classmethod from_dict(values: Mapping[str, Any]) -> Self
     keyspace(name: str) -> KeyspaceSettings

@@ -54,6 +54,7 @@ def test_defaults() -> None:
     assert settings.operation_deadline == 10.0
     assert settings.operation_memory == 86400.0
     assert settings.create_tables is False
+    assert settings.coalesce is True
     shard = settings.shards["a"]
     assert (shard.schema_, shard.weight, shard.keyspace) == (None, 1.0, "main")
 

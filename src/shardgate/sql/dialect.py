@@ -68,6 +68,43 @@ class Row:
     data: str
 
 
+@dataclass(frozen=True, slots=True)
+class Append:
+    """One append; ``incarnation`` is for a session that is made by it."""
+
+    key: Key
+    guard: Guard | None
+    operation: Operation
+    items: Sequence[str]
+    incarnation: int
+
+    @property
+    def weight(self) -> int:
+        """About how many bytes it sends."""
+        return sum(map(len, self.items))
+
+    @property
+    def identity(self) -> str:
+        """Two that may be the same one must not be in one statement."""
+        return self.operation.op_id
+
+
+@dataclass(frozen=True, slots=True)
+class TailRead:
+    """A reading of a session's newest ``limit`` rows (None: all)."""
+
+    key: Key
+    guard: Guard | None
+    limit: int | None
+
+    weight: ClassVar[int] = 0
+
+    @property
+    def identity(self) -> int:
+        """Any two may be read together."""
+        return id(self)
+
+
 class Outcome(Enum):
     """What became of one attempt at a change. Only DONE has changed anything."""
 
@@ -141,6 +178,8 @@ class Dialect(ABC):
     """
 
     driver: ClassVar[str]
+    gathers: ClassVar[bool] = False
+    """Whether operations that wait can be sent together."""
     one_thread: ClassVar[bool] = False
     """Whether the driver runs an operation whole on a thread of its own connection."""
 
@@ -170,6 +209,17 @@ class Dialect(ABC):
         self, connection: Any, key: Key, guard: Guard | None, limit: int | None
     ) -> list[Row] | None:
         """The newest ``limit`` rows (None: all), newest first; None where the guard fails."""
+
+    async def append_many(self, connection: Any, appends: Sequence[Append]) -> list[Outcome | None]:
+        """Several appends as one statement; of a session's, the earlier one goes first.
+
+        None: somebody else holds the session; nothing has become of this append.
+        """
+        raise NotImplementedError
+
+    async def tail_many(self, connection: Any, reads: Sequence[TailRead]) -> list[list[str] | None]:
+        """Several tails as one statement: the rows' data, newest first, without their numbers."""
+        raise NotImplementedError
 
     @abstractmethod
     async def pop(

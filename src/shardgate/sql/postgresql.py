@@ -20,6 +20,7 @@ from shardgate.items import MAX_DEPTH
 from shardgate.sql.dialect import (
     LISTED_AT_SECONDS,
     Admission,
+    Append,
     Dialect,
     Guard,
     Key,
@@ -27,6 +28,7 @@ from shardgate.sql.dialect import (
     Outcome,
     Row,
     Server,
+    TailRead,
     nbytes,
     one_line,
 )
@@ -165,6 +167,108 @@ _ADMIT = """
     FROM ({server}) AS server LEFT JOIN {shard} AS shard ON true
 """
 
+# Many appends as one, each of them guarded and recorded by itself. Sessions are locked before the
+# ops are recorded, and those that somebody holds are left out instead of waited for. So a statement
+# waits for another one's rows only where both make the same new session, or are twins, and makes
+# sessions and ops in key order. (Two may still wait for each other, where a third has made another
+# session between their snapshots, or a twin is sent by itself: one of them is then refused as
+# contended, and its appends are sent one by one.) Appends of one session are numbered in their
+# order ("no"). No two of a statement have the same op_id, and no two sessions the same h.
+#
+# What a step needs of another one is looked up in arrays: the planner takes each step for one row,
+# and would join them by comparing all with all.
+_JOBS = """
+    job AS MATERIALIZED (
+        SELECT * FROM unnest($1::text[], $2::text[], $3::int[], $4::text[], $5::bigint[],
+            $6::text[], $7::text[], $8::bigint[], $9::int[], $10::bigint[]) WITH ORDINALITY
+        AS job (tenant_id, session_id, slot, owner, h, op_id, fingerprint, incarnation, n, size, no)
+    )
+"""
+_HERE = """
+    slot_held AS MATERIALIZED (
+        SELECT slot, owner FROM {slots} WHERE slot = ANY ($3::int[]) AND state = 'owned'
+        ORDER BY slot FOR KEY SHARE
+    ), tenant_held AS MATERIALIZED (
+        SELECT tenant_id FROM {tenants} WHERE tenant_id = ANY ($1::text[]) AND status = 'admitted'
+        ORDER BY tenant_id FOR KEY SHARE
+    ), here AS MATERIALIZED (
+        SELECT job.* FROM job JOIN slot_held USING (slot, owner) JOIN tenant_held USING (tenant_id)
+    )
+"""
+_ALL_HERE = "here AS (SELECT * FROM job)"
+
+# $11 the number of an item's append, $12 its place there from 1, $13 the item, $14 its size.
+_APPEND_MANY = """
+    WITH {jobs}, {here}, free AS MATERIALIZED (
+        SELECT here.no FROM here JOIN {sessions} AS s USING (tenant_id, session_id)
+        FOR NO KEY UPDATE OF s SKIP LOCKED
+    ), ready AS MATERIALIZED (
+        SELECT here.* FROM here WHERE no = ANY (ARRAY(SELECT no FROM free)) OR NOT EXISTS (
+            SELECT FROM {sessions} AS s
+            WHERE s.tenant_id = here.tenant_id AND s.session_id = here.session_id)
+    ), op AS (
+        INSERT INTO {ops} (h, tenant_id, session_id, op_id, kind, fingerprint, n, created_at)
+        SELECT h, tenant_id, session_id, op_id, 'append', fingerprint, n, {now} FROM ready
+        ORDER BY h, tenant_id, session_id, op_id
+        ON CONFLICT DO NOTHING RETURNING op_id
+    ), fresh AS MATERIALIZED (
+        SELECT ready.*,
+            sum(n) OVER (PARTITION BY h) - sum(n) OVER (PARTITION BY h ORDER BY no) + n AS behind
+        FROM ready WHERE op_id = ANY (ARRAY(SELECT op_id::text FROM op))
+    ), locked AS (
+        INSERT INTO {sessions} AS s
+            (tenant_id, session_id, h, incarnation, next_seq, floor_seq, revision,
+             item_count, byte_count, created_at, updated_at, listed_at)
+        SELECT tenant_id, session_id, h, min(incarnation), sum(n) + 1, 1, count(*), sum(n),
+               sum(size), {now}, {now}, {now}
+        FROM fresh GROUP BY tenant_id, session_id, h ORDER BY tenant_id, session_id
+        ON CONFLICT (tenant_id, session_id) DO UPDATE SET
+            next_seq = s.next_seq + excluded.item_count,
+            revision = s.revision + excluded.revision,
+            item_count = s.item_count + excluded.item_count,
+            byte_count = s.byte_count + excluded.byte_count,
+            updated_at = excluded.updated_at,
+            listed_at = CASE WHEN s.listed_at < excluded.listed_at - interval '{coarse} seconds'
+                             THEN excluded.listed_at ELSE s.listed_at END
+        RETURNING s.h, s.next_seq, s.updated_at
+    ), placed AS MATERIALIZED (
+        SELECT fresh.*, array_position(ARRAY(SELECT h FROM locked), h) AS at FROM fresh
+    ), added AS (
+        INSERT INTO {messages}
+            (tenant_id, session_id, seq, message_data, op_id, nbytes, created_at)
+        SELECT tenant_id, session_id,
+               (ARRAY(SELECT next_seq FROM locked))[at] - behind + item.place - 1, item.data,
+               op_id, item.size, (ARRAY(SELECT updated_at FROM locked))[at]
+        FROM placed JOIN unnest($11::int[], $12::int[], $13::text[], $14::bigint[])
+            AS item (no, place, data, size) USING (no)
+    )
+    SELECT no = ANY (ARRAY(SELECT no FROM here)), no = ANY (ARRAY(SELECT no FROM ready)),
+           no = ANY (ARRAY(SELECT no FROM fresh))
+    FROM job ORDER BY no
+"""
+
+# The guard as a value, not as EXISTS: that might be looked up in a hash of all slots. The arrays as
+# subqueries, which hide their lengths: else a few would be planned anew each time, as cheaper than
+# the ten that a plan for any number counts on.
+_TAIL_MANY = """
+    SELECT held.here, CASE WHEN held.here THEN ARRAY(
+        SELECT message_data FROM {messages} AS m
+        WHERE m.tenant_id = job.tenant_id AND m.session_id = job.session_id AND m.seq >= (
+            SELECT floor_seq FROM {sessions} AS s
+            WHERE s.tenant_id = job.tenant_id AND s.session_id = job.session_id)
+        ORDER BY m.seq DESC LIMIT job.wanted) END
+    FROM unnest((SELECT $1::text[]), (SELECT $2::text[]), (SELECT $3::int[]), (SELECT $4::text[]),
+            (SELECT $5::int[])) WITH ORDINALITY
+        AS job (tenant_id, session_id, slot, owner, wanted, no),
+        LATERAL (SELECT {held_many} AS here OFFSET 0) AS held
+    ORDER BY job.no
+"""
+_HELD_MANY = """
+    COALESCE((SELECT true FROM {slots} AS slot, {tenants} AS tenant
+    WHERE slot.slot = job.slot AND slot.owner = job.owner AND slot.state = 'owned'
+        AND tenant.tenant_id = job.tenant_id AND tenant.status = 'admitted'), false)
+"""
+
 _CONTENTION = (
     asyncpg.SerializationError,
     asyncpg.DeadlockDetectedError,
@@ -185,6 +289,7 @@ class PostgreSQL(Dialect):
     """asyncpg."""
 
     driver: ClassVar[str] = "asyncpg"
+    gathers: ClassVar[bool] = True
 
     def _prepare(self) -> None:
         names = self.names() | {
@@ -202,6 +307,11 @@ class PostgreSQL(Dialect):
 
         names["server"] = _SERVER
         self.admit_sql = write(_ADMIT) if guarded else one_line(f"{_SERVER}, NULL, NULL")
+        names["jobs"] = _JOBS
+        names["here"] = (_HERE if guarded else _ALL_HERE).format_map(names)
+        names["held_many"] = _HELD_MANY.format_map(names) if guarded else "true"
+        self.append_many_sql = write(_APPEND_MANY)
+        self.tail_many_sql = write(_TAIL_MANY)
         self.append_sql = write(_APPEND, "append", "(SELECT n FROM batch)")
         self.tail_sql = write(_TAIL)
         self.pop_sql = write(_POP)
@@ -229,6 +339,36 @@ class PostgreSQL(Dialect):
         if not rows[0][0]:
             return None
         return [Row(seq, data) for _, seq, data in rows if seq is not None]
+
+    async def append_many(self, connection: Any, appends: Sequence[Append]) -> list[Outcome | None]:
+        if len({append.key for append in appends}) != len({append.key.h for append in appends}):
+            raise ValueError("two sessions of the same hash cannot be in one statement")
+        jobs = [
+            (
+                *_place(append.key, append.guard),
+                append.key.h,
+                append.operation.op_id,
+                append.operation.fingerprint,
+                append.incarnation,
+                len(append.items),
+                sum(map(nbytes, append.items)),
+            )
+            for append in appends
+        ]
+        items = [
+            (number, place, item, nbytes(item))
+            for number, append in enumerate(appends, 1)
+            for place, item in enumerate(append.items, 1)
+        ]
+        rows = await connection.fetch(
+            self.append_many_sql, *zip(*jobs, strict=True), *zip(*items, strict=True)
+        )
+        return [None if here and not ready else _outcome((here, new)) for here, ready, new in rows]
+
+    async def tail_many(self, connection: Any, reads: Sequence[TailRead]) -> list[list[str] | None]:
+        jobs = [(*_place(read.key, read.guard), read.limit) for read in reads]
+        rows = await connection.fetch(self.tail_many_sql, *zip(*jobs, strict=True))
+        return [data if here else None for here, data in rows]
 
     async def pop(
         self, connection: Any, key: Key, guard: Guard | None, operation: Operation

@@ -1,0 +1,205 @@
+"""Operations that wait for a database are sent together.
+
+A lane has a few seats. Whoever finds one free goes at once, alone. While all are taken, what
+arrives waits in order, and each seat that becomes free takes as many along as may go together. So
+nothing is held back while the database is idle, and the more there is to do, the less each
+operation costs.
+
+A seat whose holder does not come back soon, be it that somebody has locked what it wants, is given
+to those who wait: nobody is held up by another one's trouble for longer than ``OVERDUE_SECONDS``.
+
+The idea is that of a group commit, and of what libpq's pipelines and Redis clients do on the wire;
+here the operations become one statement, so that the database parses, executes and commits once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from contextvars import Context
+from dataclasses import dataclass, field
+from enum import Enum
+from functools import partial
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine, Hashable, Sequence
+
+MOST_TOGETHER = 64
+"""Operations of one statement."""
+MOST_BYTES = 1 << 20
+"""Bytes of one statement, or of its answer as far as it is foreseen, unless a single operation has
+more."""
+OVERDUE_SECONDS = 0.05
+"""How long the holder of a seat keeps it from those who wait."""
+
+
+class Alone(Enum):
+    """Said of an operation that was sent with others and has to be sent by itself: nothing has
+    become of it."""
+
+    ALONE = "alone"
+
+
+ALONE = Alone.ALONE
+
+
+class Load(Protocol):
+    """An operation as a lane sees it."""
+
+    @property
+    def weight(self) -> int:
+        """About how many bytes it sends."""
+
+    @property
+    def identity(self) -> Hashable:
+        """Two of the same identity never go together."""
+
+
+J = TypeVar("J", bound=Load)
+R = TypeVar("R")
+
+
+@dataclass(slots=True, eq=False)
+class Ticket(Generic[J, R]):
+    """An operation that waits to be sent together with others.
+
+    ``send`` is one of those who may send it, with others, and gives each its outcome. It calls
+    ``board`` the moment before. A ticket whose outcome has been cancelled is not sent any more.
+    """
+
+    load: J
+    board: Callable[[], None]
+    send: Callable[[Sequence[Ticket[J, R]]], Coroutine[Any, Any, None]]
+    outcome: asyncio.Future[R | Alone] = field(
+        default_factory=lambda: asyncio.get_running_loop().create_future()
+    )
+
+    @property
+    def waits(self) -> bool:
+        """Whether anybody still wants the outcome, and has none."""
+        return not self.outcome.done()
+
+    def give(self, outcome: R | Alone) -> None:
+        """Tell the outcome, if anybody still wants it."""
+        if self.waits:
+            self.outcome.set_result(outcome)
+
+    def fail(self, error: Exception) -> None:
+        """Tell that there is none, if anybody still wants it."""
+        if self.waits:
+            self.outcome.set_exception(error)
+            self.outcome.exception()  # retrieved, in case that the caller is cancelled just now
+
+
+class Seat:
+    """The right to be under way, and since when."""
+
+    __slots__ = ("since",)
+
+    def __init__(self, since: float) -> None:
+        self.since = since
+
+
+class Lane(Generic[J, R]):
+    """Operations of one kind, of one event loop, on their way to one database.
+
+    It refers to nothing but those who wait and those who are under way. ``answer_bytes`` is what an
+    operation's answer has lately been, so that answers are bounded, too.
+    """
+
+    def __init__(self, *, seats: int) -> None:
+        self.answer_bytes = 0
+        self._clock = asyncio.get_running_loop().time
+        self._seats = seats
+        self._taken: dict[Seat, None] = {}  # in the order of their times
+        self._waiting: deque[Ticket[J, R]] = deque()
+        self._flights: set[asyncio.Task[None]] = set()
+        self._watch: asyncio.TimerHandle | None = None
+
+    def take_seat(self) -> Seat | None:
+        """Take a seat, if one is free, to go at once and alone; :meth:`give_back` returns it."""
+        if len(self._taken) >= self._seats:
+            return None
+        seat = Seat(self._clock())
+        self._taken[seat] = None
+        return seat
+
+    def give_back(self, seat: Seat) -> None:
+        """Let those who wait have the seat, unless they have it already."""
+        if seat in self._taken:
+            del self._taken[seat]
+            if self._waiting:
+                self._depart()
+
+    def wait(self, ticket: Ticket[J, R]) -> None:
+        """Wait in order; only where no seat is free."""
+        self._waiting.append(ticket)
+        if self._watch is None:
+            self._watch_seats()
+
+    def _depart(self) -> None:
+        """Send those who wait, as many at a time as may go together, as far as there are seats."""
+        while (seat := self.take_seat()) is not None:
+            together = self._gather()
+            if not together:
+                del self._taken[seat]
+                return
+            # In a context of its own: it is nothing of the request's that happens to start it.
+            flight = asyncio.create_task(together[0].send(together), context=Context())
+            self._flights.add(flight)  # a task that nobody refers to may be collected
+            flight.add_done_callback(partial(self._land, seat, together))
+            for ticket in together:
+                ticket.outcome.add_done_callback(partial(_leave, flight, together))
+
+    def _land(
+        self, seat: Seat, together: Sequence[Ticket[J, R]], flight: asyncio.Task[None]
+    ) -> None:
+        self._flights.discard(flight)
+        error = ConnectionAbortedError("cancelled") if flight.cancelled() else flight.exception()
+        for ticket in together:
+            ticket.fail(error if isinstance(error, Exception) else RuntimeError("no outcome"))
+        self.give_back(seat)
+
+    def _gather(self) -> list[Ticket[J, R]]:
+        """The first who wait, as many as may go together; not those who have given up."""
+        together: list[Ticket[J, R]] = []
+        identities: set[Hashable] = set()
+        weight = 0
+        while self._waiting and len(together) < MOST_TOGETHER:
+            ticket = self._waiting[0]
+            if ticket.waits:
+                weight += ticket.load.weight + self.answer_bytes
+                identity = ticket.load.identity
+                if together and (weight > MOST_BYTES or identity in identities):
+                    break
+                together.append(ticket)
+                identities.add(identity)
+            self._waiting.popleft()
+        return together
+
+    def _watch_seats(self) -> None:
+        """Look after those who wait when the oldest seat becomes overdue."""
+        oldest = next(iter(self._taken), None)
+        since = self._clock() if oldest is None else oldest.since
+        loop = asyncio.get_running_loop()
+        self._watch = loop.call_at(since + OVERDUE_SECONDS, self._look)
+
+    def _look(self) -> None:
+        self._watch = None
+        overdue = self._clock() - OVERDUE_SECONDS
+        for seat in [seat for seat in self._taken if seat.since <= overdue]:
+            del self._taken[seat]
+        self._depart()
+        if self._waiting:
+            self._watch_seats()
+
+
+def _leave(
+    flight: asyncio.Task[None],
+    together: Sequence[Ticket[Any, Any]],
+    outcome: asyncio.Future[Any],
+) -> None:
+    """Nobody waits for a flight without passengers: it would keep its connection from others."""
+    if outcome.cancelled() and all(ticket.outcome.cancelled() for ticket in together):
+        flight.cancel()
