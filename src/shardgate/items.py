@@ -19,7 +19,7 @@ MAX_DEPTH = 500
 
 _DIGITS = 4000
 _LEAVES = (str, int, float, type(None))
-_scan = json.JSONDecoder().scan_once
+_scan = json.JSONDecoder().scan_once  # type: ignore[attr-defined]  # typeshed leaves it out
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
