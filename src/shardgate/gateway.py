@@ -247,7 +247,7 @@ class Gateway:
                 for shard in keyspace.shards.values()
             )
             health |= {answer.name: answer for answer in answers}
-            problems += _problems(keyspace.plan, reading)
+            problems += await _lasting_problems(keyspace, reading)
         ordered = {name: health[name] for name in self._shards}
         return HealthReport(MappingProxyType(ordered), tuple(problems))
 
@@ -297,6 +297,18 @@ class Gateway:
                 "a gateway belongs to one event loop, and this is another one: make a gateway for "
                 "each event loop"
             )
+
+
+async def _lasting_problems(keyspace: Keyspace, reading: Reading) -> list[str]:
+    """What is wrong with a keyspace as a whole, and still is when its shards are read again.
+
+    They are not read in one moment: a slot that moves meanwhile may seem to be nobody's.
+    """
+    problems = _problems(keyspace.plan, reading)
+    if not problems:
+        return []
+    again = _problems(keyspace.plan, await keyspace.examine())
+    return [problem for problem in problems if problem in again]
 
 
 def _problems(plan: Plan, reading: Reading) -> list[str]:
