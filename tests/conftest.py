@@ -57,6 +57,10 @@ class MakeDatabases(Protocol):
     async def __call__(self, count: int, *, servers: int = 1) -> list[Database]: ...
 
 
+ONE_VERSION = ("gateway", "isolation")
+"""Folders whose tests are about what is above the statements: one version of a database will do."""
+
+
 def pytest_configure(config: pytest.Config) -> None:
     found = find_backends()
     if found.unmet:
@@ -107,9 +111,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     found = metafunc.config.stash[FOUND]
     marker = metafunc.definition.get_closest_marker("backends")
     wanted = set(marker.args) if marker else None
+    backends = found.backends
+    if metafunc.definition.path.parent.name in ONE_VERSION:
+        backends = tuple(_newest(backends))
     params = [
         pytest.param(backend, id=backend.id)
-        for backend in found.backends
+        for backend in backends
         if wanted is None or wanted & {backend.id, backend.family}
     ]
     params += [
@@ -118,6 +125,18 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         if wanted is None or any(name.partition("-")[0] == missing.family for name in wanted)
     ]
     metafunc.parametrize("backend", params, indirect=True)
+
+
+def _newest(backends: Iterable[Backend]) -> list[Backend]:
+    """Of each family the backend with the highest version."""
+    best: dict[str, Backend] = {}
+    for backend in backends:
+        best[backend.family] = max(best.get(backend.family, backend), backend, key=_version)
+    return list(best.values())
+
+
+def _version(backend: Backend) -> list[int]:
+    return [int(part) for part in backend.version.split(".") if part.isdigit()]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

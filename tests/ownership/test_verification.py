@@ -43,6 +43,8 @@ T = TypeVar("T")
 
 SLOTS = 16
 
+pytestmark = pytest.mark.backends("sqlite", "postgresql-18", "mariadb", "mysql")
+
 
 class Copies(ABC):
     """A database that can be copied as a whole, and put back as it was."""
@@ -359,7 +361,7 @@ async def test_a_copy_from_after_the_last_change_is_believed(
         assert texts(await session.get_items()) == ["one"]
 
 
-@pytest.mark.backends("postgresql", "mariadb")
+@pytest.mark.backends("postgresql-18", "mariadb")
 async def test_a_restart_while_every_peer_is_down(
     backend: Backend, start_server: StartServer, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -403,7 +405,7 @@ async def test_a_shard_that_has_lost_everything(urls: dict[str, str], copies: Co
     assert (await at.remedy()).problem is None
 
 
-@pytest.mark.backends("postgresql")
+@pytest.mark.backends("postgresql-18")
 async def test_a_failover_to_a_standby(
     databases: MakeDatabases, backend: Backend, start_server: StartServer
 ) -> None:
