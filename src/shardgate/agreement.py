@@ -15,7 +15,8 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from shardgate.records import HASH, OWNED
+from shardgate.handover import OWNED
+from shardgate.records import HASH
 from shardgate.sql.schema import SCHEMA_VERSION
 
 if TYPE_CHECKING:

@@ -15,13 +15,11 @@ from sqlalchemy import func, insert, select
 
 from shardgate.agreement import contradictions
 from shardgate.errors import OutcomeUnknown, ShardUnavailable
+from shardgate.handover import ELSEWHERE, OWNED, SlotRow
 from shardgate.records import (
-    ELSEWHERE,
     HASH,
-    OWNED,
     Identity,
     ShardRecord,
-    SlotRow,
     bump_map,
     is_taken,
     lock_map,

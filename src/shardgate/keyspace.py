@@ -34,8 +34,9 @@ from shardgate.errors import (
     UsageError,
 )
 from shardgate.founding import create
+from shardgate.handover import DRAINING, OWNED
 from shardgate.purge import end_purge, purge_all
-from shardgate.records import ADMITTED, DRAINING, OWNED, admit, owned_slots, standing, testify
+from shardgate.records import ADMITTED, admit, owned_slots, standing, testify
 from shardgate.router import route
 from shardgate.settling import together
 from shardgate.shards import UNANSWERED, Quarantine, ask_all

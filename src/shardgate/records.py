@@ -18,6 +18,7 @@ from sqlalchemy import and_, insert, inspect, select, update
 from sqlalchemy.exc import IntegrityError
 
 from shardgate.errors import ShardUnavailable
+from shardgate.handover import OWNED, SlotRow
 from shardgate.settling import together
 from shardgate.shards import ask_all
 from shardgate.sql.transactions import utc_now
@@ -37,9 +38,6 @@ T = TypeVar("T")
 HASH = "mmh3-x64-128-low64/1"
 """How ``h`` is made; a keyspace made in another way must not be written to."""
 
-OWNED, DRAINING, ELSEWHERE = "owned", "draining", "elsewhere"
-"""A slot's states in a shard's record: owned or draining are claims, elsewhere is a hint."""
-CLAIMING = (OWNED, DRAINING)
 ADMITTED = "admitted"
 
 
@@ -64,16 +62,6 @@ class Peer:
 
     name: str
     map_version: int
-
-
-@dataclass(frozen=True, slots=True)
-class SlotRow:
-    """What a shard's record says about one slot."""
-
-    slot: int
-    owner: str
-    state: str
-    epoch: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,20 +228,48 @@ async def standing(shard: Shard, slot: int, tenant_id: str) -> Standing:
     async def act(connection: AsyncConnection) -> Standing:
         tables = shard.tables
         identity = await connection.execute(select(tables.shard.c.shard_uuid))
-        columns = [tables.slots.c[field] for field in SlotRow.__dataclass_fields__]
-        row = (
-            await connection.execute(select(*columns).where(tables.slots.c.slot == slot))
-        ).one_or_none()
+        row = await read_row(connection, tables, slot)
         tenant = await connection.execute(
             select(tables.tenants.c.status).where(tables.tenants.c.tenant_id == tenant_id)
         )
         return Standing(
             shard_uuid=identity.scalar_one_or_none(),
-            slot=None if row is None else SlotRow(*row),
+            slot=row,
             tenant=tenant.scalar_one_or_none(),
         )
 
     return await shard.ask(act)
+
+
+async def read_row(connection: AsyncConnection, tables: Tables, slot: int) -> SlotRow | None:
+    """What the shard says of a slot."""
+    columns = [tables.slots.c[field] for field in SlotRow.__dataclass_fields__]
+    row = await connection.execute(select(*columns).where(tables.slots.c.slot == slot))
+    found = row.one_or_none()
+    return None if found is None else SlotRow(*found)
+
+
+async def change_row(
+    connection: AsyncConnection, tables: Tables, before: SlotRow, after: SlotRow
+) -> bool:
+    """Set a slot's row if it still is what it was; whether it is now what it was to be.
+
+    Whoever remembers which slots the shard serves has to read them again where that has changed.
+    """
+    slots = tables.slots
+    as_before = [slots.c[field] == value for field, value in _values(before).items()]
+    changed = await connection.execute(
+        update(slots).where(*as_before).values(**_values(after), changed_at=utc_now())
+    )
+    if changed.rowcount == 0:
+        return await read_row(connection, tables, after.slot) == after
+    if (before.state == OWNED) != (after.state == OWNED):
+        await bump_map(connection, tables)
+    return True
+
+
+def _values(row: SlotRow) -> dict[str, Any]:
+    return {field: getattr(row, field) for field in SlotRow.__dataclass_fields__}
 
 
 async def owned_slots(shard: Shard) -> tuple[int, frozenset[int]]:

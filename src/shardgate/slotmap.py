@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from shardgate.agreement import contradictions
 from shardgate.errors import KeyspaceNotCreated, OwnershipConflict
-from shardgate.records import DRAINING, OWNED, read_records
+from shardgate.handover import DRAINING, OWNED
+from shardgate.records import read_records
 from shardgate.topology import KeyspaceMap
 
 if TYPE_CHECKING:
@@ -17,7 +18,8 @@ if TYPE_CHECKING:
 
     from shardgate.agreement import Contradiction, Memory, Plan
     from shardgate.errors import ShardgateError
-    from shardgate.records import ShardRecord, SlotRow
+    from shardgate.handover import SlotRow
+    from shardgate.records import ShardRecord
     from shardgate.shards import Shard
 
 _Rank: TypeAlias = tuple[bool, int, int, str]

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from shardgate.agreement import Contradiction, Plan
 from shardgate.control.reconcile import Act, Change, Remedy, find_remedy
 from shardgate.errors import KeyspaceNotCreated, OwnershipConflict, ShardUnavailable
-from shardgate.records import CLAIMING, HASH, OWNED, Identity, Peer, ShardRecord, SlotRow
+from shardgate.handover import CLAIMING, OWNED, SlotRow
+from shardgate.records import HASH, Identity, Peer, ShardRecord
 from shardgate.slotmap import Reading, all_said, unserved
 from shardgate.sql.schema import SCHEMA_VERSION
 

@@ -9,7 +9,8 @@ import pytest
 
 from shardgate.agreement import Memory, Plan, contradictions
 from shardgate.errors import OwnershipConflict
-from shardgate.records import HASH, Identity, Peer, ShardRecord, SlotRow
+from shardgate.handover import SlotRow
+from shardgate.records import HASH, Identity, Peer, ShardRecord
 from shardgate.slotmap import all_said, build_map, ranges, unnamed_owners, unserved
 from shardgate.sql.schema import SCHEMA_VERSION
 

@@ -30,16 +30,8 @@ from sqlalchemy import update
 from shardgate.agreement import known_uuids, recorded_version
 from shardgate.errors import KeyspaceNotCreated, UsageError
 from shardgate.founding import found, insert_rows, introduce, is_introduced, new_identity
-from shardgate.records import (
-    CLAIMING,
-    ELSEWHERE,
-    OWNED,
-    SlotRow,
-    lock_map,
-    publish,
-    read_identity,
-    read_rows,
-)
+from shardgate.handover import CLAIMING, ELSEWHERE, OWNED, SlotRow
+from shardgate.records import lock_map, publish, read_identity, read_rows
 from shardgate.settling import together
 from shardgate.slotmap import all_said, conflict, consult, ranges, unserved
 

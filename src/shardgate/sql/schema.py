@@ -314,6 +314,7 @@ def _slots(name: str, metadata: MetaData) -> Table:
         _big("epoch"),
         _uuid("move_id"),
         _uuid("peer"),
+        Column("changed_at", _timestamp()),
         **_TABLE_OPTIONS,
     )
 
