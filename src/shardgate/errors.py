@@ -9,12 +9,17 @@
     │   └── TablesMismatch              the tables belong to something else, or are missing
     ├── TransientError                  a retry may succeed; nothing was written
     │   ├── ShardUnavailable            the shard does not answer, or not in time
-    │   └── Contended                   the database kept refusing for lock or serialization reasons
+    │   ├── Contended                   the database kept refusing for lock or serialization reasons
+    │   ├── MoveBusy                    somebody else is moving the slot
+    │   ├── MoveLost                    somebody else has taken a move over, or has ended it
+    │   └── FreezeTooLong               a slot could not be moved in the time it may be frozen
     ├── OutcomeUnknown                  the operation was sent and its answer was lost
     └── OperatorError                   somebody has to look: nothing heals by waiting
         ├── KeyspaceNotCreated          the shards hold no slot map yet
         ├── ShardQuarantined            a shard is not the one it is taken for, or an older copy
-        └── OwnershipConflict           the shards, or the settings, contradict each other
+        ├── OwnershipConflict           the shards, or the settings, contradict each other
+        ├── VerificationFailed          a copy is not the same; nothing was moved
+        └── StandbysNotSafe             a standby may lack what was committed
 
 Errors carry fields (``shard``, ``tenant``, ``keyspace``) and never a URL, which has a password.
 """
@@ -69,6 +74,18 @@ class Contended(TransientError):
     """The database refused the operation again and again because of other writers."""
 
 
+class MoveBusy(TransientError):
+    """Somebody else is moving this slot."""
+
+
+class MoveLost(TransientError):
+    """Somebody else has taken this move over or has ended it, or the slot has gone elsewhere."""
+
+
+class FreezeTooLong(TransientError):
+    """The slot could not be moved within its budget, again and again; it is served as before."""
+
+
 class OutcomeUnknown(ShardgateError):
     """The operation was sent and the answer was lost: it may or may not have taken effect.
 
@@ -111,3 +128,11 @@ class OwnershipConflict(OperatorError):
     def __init__(self, message: str, *, keyspace: str) -> None:
         self.keyspace = keyspace
         super().__init__(message)
+
+
+class VerificationFailed(OperatorError):
+    """What the target has stored of a session is not what the source has. Nothing was moved."""
+
+
+class StandbysNotSafe(OperatorError):
+    """A shard has standbys that may lack what was committed."""

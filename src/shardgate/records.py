@@ -18,7 +18,7 @@ from sqlalchemy import and_, insert, inspect, select, update
 from sqlalchemy.exc import IntegrityError
 
 from shardgate.errors import ShardUnavailable
-from shardgate.handover import OWNED, SlotRow
+from shardgate.handover import ELSEWHERE, OWNED, SlotRow
 from shardgate.settling import together
 from shardgate.shards import ask_all
 from shardgate.sql.transactions import utc_now
@@ -80,6 +80,10 @@ class ShardRecord:
     def uuid(self) -> str:
         """The shard's UUID."""
         return self.identity.shard_uuid
+
+
+class RowChangedError(Exception):
+    """A slot's row is not what it was taken for: somebody else has taken a step."""
 
 
 async def read_record(shard: Shard) -> ShardRecord | None:
@@ -197,6 +201,42 @@ async def publish(shards: Mapping[str, Shard], identities: Mapping[str, Identity
     )
 
 
+async def record_move(
+    connection: AsyncConnection,
+    *,
+    tables: Tables,
+    slot: int,
+    owner: str,
+    epoch: int,
+    hints: bool,
+    identities: Mapping[str, Identity],
+) -> None:
+    """Record who owns a slot now and how far the slot maps of these shards have come.
+
+    ``hints``: the shard is neither end of the move, so it has only heard of it.
+    """
+    slots = tables.slots
+    if hints:
+        older = (slots.c.slot == slot, slots.c.state == ELSEWHERE, slots.c.epoch < epoch)
+        hint = update(slots).where(*older)
+        await connection.execute(hint.values(owner=owner, epoch=epoch, changed_at=utc_now()))
+    await _publish(connection, tables=tables, identities=identities)
+
+
+async def row_age(shard: Shard, slot: int) -> float | None:
+    """For how many seconds, by its own clock, a shard's row of a slot has not been touched."""
+    slots = shard.tables.slots
+
+    async def act(connection: AsyncConnection) -> float | None:
+        row = await connection.execute(
+            select(slots.c.changed_at, utc_now()).where(slots.c.slot == slot)
+        )
+        changed_at, now = row.one()
+        return None if changed_at is None else float((now - changed_at).total_seconds())
+
+    return await shard.query(act)
+
+
 async def _publish(
     connection: AsyncConnection, *, tables: Tables, identities: Mapping[str, Identity]
 ) -> None:
@@ -266,6 +306,21 @@ async def change_row(
     if (before.state == OWNED) != (after.state == OWNED):
         await bump_map(connection, tables)
     return True
+
+
+async def hold_row(
+    connection: AsyncConnection, tables: Tables, row: SlotRow, *, alone: bool = False
+) -> None:
+    """Have a slot's row stay what it is until the transaction ends; ``alone``: hold it alone.
+
+    Raises:
+        RowChangedError: it is not that any more.
+    """
+    statement = select(*(tables.slots.c[field] for field in SlotRow.__dataclass_fields__))
+    held = statement.where(tables.slots.c.slot == row.slot).with_for_update(read=not alone)
+    found = (await connection.execute(held)).one_or_none()
+    if found is None or SlotRow(*found) != row:
+        raise RowChangedError
 
 
 def _values(row: SlotRow) -> dict[str, Any]:

@@ -1,0 +1,358 @@
+"""Copying what a slot holds, while it is served and when it no longer is.
+
+A pass walks the slot on both shards side by side, a page at a time, and brings the target level
+where the two differ. As long as the source serves, a pass leaves behind what has changed since; the
+last one, once the source is fenced, leaves nothing. Nothing is remembered from one pass to the next
+but which tenants the target knows, so it does not matter who has made those before.
+
+What differs is told by (incarnation, revision): a session's row is read before its items, so items
+are never older than the revision that is written with them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from shardgate.errors import VerificationFailed
+from shardgate.records import hold_row
+from shardgate.sql.moving import (
+    Content,
+    Digests,
+    SessionKey,
+    digest_of,
+    put_ops,
+    put_sessions,
+    put_tenants,
+    read_digests,
+    read_digests_from,
+    read_items,
+    read_items_from,
+    read_op_keys,
+    read_ops,
+    read_sessions,
+    read_tenants,
+    read_versions,
+    remove_ops,
+    remove_sessions,
+    shorten_session,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
+
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+    from shardgate.handover import SlotRow
+    from shardgate.recovery import Ends
+    from shardgate.sql.moving import Span, Version
+    from shardgate.sql.purge import OpKey
+
+T = TypeVar("T")
+
+PAGE = 200
+"""Sessions that are compared at a time."""
+OPS_PAGE = 1000
+"""Operations that are compared at a time."""
+MOST_ITEMS, MOST_BYTES = 1000, 1 << 20
+"""Items, and bytes of them, that are written at a time, unless a single one has more."""
+
+
+@dataclass(slots=True)
+class Counts:
+    """What has been done for a slot: what was written to the target, and what was verified."""
+
+    sessions: int = 0
+    items: int = 0
+    nbytes: int = 0
+    verified: int = 0
+
+
+class Pace:
+    """Keeps the copying of all who share it below so many bytes a second (None: no limit)."""
+
+    def __init__(self, bytes_per_second: float | None) -> None:
+        self._rate = bytes_per_second
+        self._free_at = 0.0
+
+    async def spend(self, nbytes: int) -> None:
+        """Wait until as much may be copied as that."""
+        if self._rate is None:
+            return
+        now = asyncio.get_running_loop().time()
+        self._free_at = max(self._free_at, now) + nbytes / self._rate
+        await asyncio.sleep(self._free_at - now)
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """How the target is read and written: by transactions of its own, or within one."""
+
+    read: Callable[[Callable[[AsyncConnection], Awaitable[Any]]], Awaitable[Any]]
+    write: Callable[[Callable[[AsyncConnection], Awaitable[Any]]], Awaitable[Any]]
+
+
+@dataclass(slots=True)
+class Copying:
+    """The copying of one slot under one claim: ``claim`` is the target's row while it holds.
+
+    ``beat`` is called every now and then, while nothing is urgent.
+    """
+
+    ends: Ends
+    span: Span
+    claim: SlotRow
+    pace: Pace
+    counts: Counts
+    beat: Callable[[], Awaitable[None]]
+    _tenants: set[str] = field(default_factory=set)
+
+    async def copy(self) -> int:
+        """One pass while the source may be serving; how many sessions and operations differed.
+
+        Raises:
+            RowChanged: the claim holds no more.
+        """
+        target = self.ends.target
+
+        async def write(act: Callable[[AsyncConnection], Awaitable[T]]) -> T:
+            async def claimed(connection: AsyncConnection) -> T:
+                await hold_row(connection, target.tables, self.claim)
+                return await act(connection)
+
+            return await target.transact(claimed)
+
+        return await self._pass(Site(target.query, write))
+
+    async def settle(self, connection: AsyncConnection) -> int:
+        """The last pass, on a connection to the target, when the source is fenced.
+
+        Raises:
+            VerificationFailed: the target does not read what was just written to it.
+        """
+
+        async def at_once(act: Callable[[AsyncConnection], Awaitable[T]]) -> T:
+            return await act(connection)
+
+        return await self._pass(Site(at_once, at_once), verifies=True)
+
+    async def _pass(self, site: Site, *, verifies: bool = False) -> int:
+        differences = 0
+        async for theirs, ours in self._pages(site):
+            await self._admit(site, {key.tenant_id for key in theirs})
+            gone = [key for key in ours if key not in theirs]
+            await self._remove(site, gone, ours)
+            changed = {key: ours.get(key) for key in theirs if ours.get(key) != theirs[key]}
+            for content in self._contents(theirs, changed):
+                async for batch in content:
+                    await self._put(site, batch, verifies=verifies)
+            differences += len(gone) + len(changed)
+        return differences + await self._pass_ops(site)
+
+    async def _pages(
+        self, site: Site
+    ) -> AsyncIterator[tuple[dict[SessionKey, Version], dict[SessionKey, Version]]]:
+        """The versions of the slot's sessions on the source and on the target, side by side."""
+        after: SessionKey | None = None
+        while True:
+            theirs = await self._ask(read_versions, span=self.span, after=after, limit=PAGE)
+            last = list(theirs)[-1] if len(theirs) == PAGE else None
+            read = partial(read_versions, span=self.span, after=after, last=last)
+            ours = await site.read(self._on_target(read))
+            yield theirs, ours
+            if last is None:
+                return
+            after = last
+
+    def _contents(
+        self,
+        theirs: Mapping[SessionKey, Version],
+        changed: Mapping[SessionKey, Version | None],
+    ) -> Iterator[AsyncIterator[list[Content]]]:
+        """What is to be put for the sessions that have changed, in portions."""
+        small: list[SessionKey] = []
+        for key, ours in changed.items():
+            version = theirs[key]
+            if ours is not None and version.has_only_grown_since(ours):
+                yield self._tail(key, since=ours.next_seq)
+            elif _is_large(version):
+                yield self._tail(key, since=version.floor_seq)
+            else:
+                small.append(key)
+        for batch in _batches(small, theirs):
+            yield self._whole(batch)
+
+    async def _whole(self, keys: list[SessionKey]) -> AsyncIterator[list[Content]]:
+        rows = await self._ask(read_sessions, keys=keys)
+        items = await self._ask(read_items, keys=rows)
+        yield [Content(row, items[key], since=row["floor_seq"]) for key, row in rows.items()]
+
+    async def _tail(self, key: SessionKey, *, since: int) -> AsyncIterator[list[Content]]:
+        """A session's items from ``since`` on, in portions of which only the last completes it."""
+        row = (await self._ask(read_sessions, keys=[key])).get(key)
+        while row is not None:
+            limit = _portion(row)
+            items = await self._ask(read_items_from, key=key, since=since, limit=limit)
+            below = items[-1]["seq"] + 1 if len(items) == limit else None
+            yield [Content(row, items, since, below, whole=below is None)]
+            if below is None:
+                return
+            since = below
+
+    async def _put(self, site: Site, contents: list[Content], *, verifies: bool) -> None:
+        tables = self.ends.target.tables
+        await site.write(partial(put_sessions, tables=tables, contents=contents))
+        if verifies:
+            for content in contents:
+                await self._check_written(site, content)
+        size = sum(content.nbytes for content in contents)
+        self.counts.sessions += sum(content.whole for content in contents)
+        self.counts.items += sum(len(content.items) for content in contents)
+        self.counts.nbytes += size
+        if not verifies:
+            await self.beat()
+            await self.pace.spend(size)
+
+    async def _check_written(self, site: Site, content: Content) -> None:
+        read = partial(
+            read_digests_from, key=content.key, since=content.since, limit=len(content.items) + 1
+        )
+        found = await site.read(self._on_target(read))
+        if content.below is not None:
+            found = {seq: digest for seq, digest in found.items() if seq < content.below}
+        if found != {item["seq"]: digest_of(item["message_data"]) for item in content.items}:
+            raise self._failure(content.key)
+        self.counts.verified += len(found)
+
+    async def _remove(
+        self, site: Site, keys: list[SessionKey], ours: Mapping[SessionKey, Version]
+    ) -> None:
+        tables = self.ends.target.tables
+        for key in keys:
+            if _is_large(ours[key]):
+                shorten = partial(shorten_session, tables=tables, key=key, items=MOST_ITEMS)
+                while await site.write(shorten):
+                    pass
+        for start in range(0, len(keys), MOST_ITEMS):
+            part = keys[start : start + MOST_ITEMS]
+            await site.write(partial(remove_sessions, tables=tables, keys=part))
+
+    async def _admit(self, site: Site, tenant_ids: set[str]) -> None:
+        """Have the target know the tenants as the source does: a stranger would be admitted."""
+        unknown = tenant_ids - self._tenants
+        if unknown:
+            rows = await self._ask(read_tenants, tenant_ids=unknown)
+            put = partial(put_tenants, tables=self.ends.target.tables, rows=rows)
+            await site.write(put)
+            self._tenants |= unknown
+
+    async def _pass_ops(self, site: Site) -> int:
+        """Bring the operations level: they outlive their sessions, and are never changed."""
+        differences, after, tables = 0, None, self.ends.target.tables
+        while True:
+            theirs: list[OpKey] = await self._ask(
+                read_op_keys, span=self.span, after=after, limit=OPS_PAGE
+            )
+            last = theirs[-1] if len(theirs) == OPS_PAGE else None
+            read = partial(read_op_keys, span=self.span, after=after, last=last)
+            ours: list[OpKey] = await site.read(self._on_target(read))
+            missing, extra = sorted(set(theirs) - set(ours)), sorted(set(ours) - set(theirs))
+            if missing:
+                rows = await self._ask(read_ops, first=missing[0], last=missing[-1])
+                await site.write(partial(put_ops, tables=tables, rows=rows))
+            if extra:
+                await site.write(partial(remove_ops, tables=tables, keys=extra))
+            differences += len(missing) + len(extra)
+            if last is None:
+                return differences
+            after = last
+
+    async def verify(self) -> None:
+        """Compare the digests of all items on both shards.
+
+        Sessions may have changed since they were copied: then what both have is compared.
+
+        Raises:
+            VerificationFailed: an item is missing or is another one.
+        """
+        target = self.ends.target
+        async for theirs, ours in self._pages(Site(target.query, target.transact)):
+            both = [key for key in theirs if key in ours]
+            for key in both:
+                if _is_large(theirs[key]):
+                    await self._verify_large(key, theirs[key], ours[key])
+                await self.pace.spend(theirs[key].byte_count)
+            small = [key for key in both if not _is_large(theirs[key])]
+            for batch in _batches(small, theirs):
+                await self._verify_small(batch)
+                await self.beat()
+
+    async def _verify_small(self, keys: list[SessionKey]) -> None:
+        theirs: dict[SessionKey, Digests] = await self._ask(read_digests, keys=keys)
+        ours: dict[SessionKey, Digests] = await self.ends.target.query(
+            self._on_target(partial(read_digests, keys=keys))
+        )
+        for key in theirs.keys() & ours.keys():
+            if theirs[key].contradict(ours[key]):
+                raise self._failure(key)
+            self.counts.verified += len(ours[key].of)
+
+    async def _verify_large(self, key: SessionKey, theirs: Version, ours: Version) -> None:
+        """In portions, so not in one moment: what is missing is found by the last pass."""
+        since = theirs.floor_seq
+        while theirs.incarnation == ours.incarnation:
+            read = partial(read_digests_from, key=key, since=since, limit=MOST_ITEMS)
+            expected = await self._ask(read)
+            found = await self.ends.target.query(self._on_target(read))
+            common = expected.keys() & found.keys()
+            if any(expected[seq] != found[seq] for seq in common):
+                raise self._failure(key)
+            self.counts.verified += len(common)
+            if len(found) < MOST_ITEMS:
+                return
+            since = max(found) + 1
+
+    def _failure(self, key: SessionKey) -> VerificationFailed:
+        return VerificationFailed(
+            f"session {key.session_id!r} of tenant {key.tenant_id!r} is not the same on shard "
+            f"{self.ends.target.name!r} as on shard {self.ends.source.name!r}: slot "
+            f"{self.ends.slot} was not moved"
+        )
+
+    async def _ask(self, read: Callable[..., Awaitable[T]], **values: Any) -> T:
+        source = self.ends.source
+        return await source.query(partial(read, tables=source.tables, **values))
+
+    def _on_target(
+        self, read: Callable[..., Awaitable[T]]
+    ) -> Callable[[AsyncConnection], Awaitable[T]]:
+        return partial(read, tables=self.ends.target.tables)
+
+
+def _is_large(version: Version) -> bool:
+    return version.item_count > MOST_ITEMS or version.byte_count > MOST_BYTES
+
+
+def _portion(row: Mapping[str, Any]) -> int:
+    """How many items of a session are about as many bytes as may be written at a time."""
+    average: int = max(row["byte_count"] // max(row["item_count"], 1), 1)
+    return max(1, min(MOST_ITEMS, MOST_BYTES // average))
+
+
+def _batches(
+    keys: Iterable[SessionKey], versions: Mapping[SessionKey, Version]
+) -> Iterator[list[SessionKey]]:
+    """Sessions in portions of so many items and bytes at the most."""
+    batch: list[SessionKey] = []
+    items = size = 0
+    for key in keys:
+        version = versions[key]
+        items, size = items + version.item_count, size + version.byte_count
+        if batch and (items > MOST_ITEMS or size > MOST_BYTES):
+            yield batch
+            batch, items, size = [], version.item_count, version.byte_count
+        batch.append(key)
+    if batch:
+        yield batch

@@ -1,0 +1,113 @@
+"""The steps of a move that change a slot's row, and how to end a move that nobody goes on with.
+
+A slot whose move has stopped half-way is served by nobody. Whoever waits for it may end the move,
+with nothing but the two shards' rows: a client need not know whether the mover is dead, as it is
+safe in any case (see ``handover``); a mover that lives finds that it has lost its mark.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING
+from uuid import uuid4
+
+from shardgate import handover
+from shardgate.errors import OwnershipConflict
+from shardgate.handover import Act, Pair, Progress, next_act_of_abort
+from shardgate.records import change_row, read_row
+
+if TYPE_CHECKING:
+    from shardgate.handover import SlotRow
+    from shardgate.shards import Shard
+
+
+@dataclass(frozen=True, slots=True)
+class Ends:
+    """The two shards of a slot's move."""
+
+    source: Shard
+    target: Shard
+    slot: int
+
+
+def new_mark() -> Progress:
+    """The memory of one who begins: with a mark that nobody else has."""
+    return Progress(str(uuid4()))
+
+
+async def look(ends: Ends) -> Pair:
+    """What the two shards say of the slot: the source first, as ``Pair`` asks for.
+
+    Raises:
+        OwnershipConflict: a shard has no record of the slot, or of itself.
+    """
+    source = await _row(ends.source, ends.slot)
+    target = await _row(ends.target, ends.slot)
+    return Pair(_uuid(ends.source), _uuid(ends.target), source, target)
+
+
+async def _row(shard: Shard, slot: int) -> SlotRow:
+    row = await shard.query(partial(read_row, tables=shard.tables, slot=slot))
+    if row is None:
+        raise _without_record(shard, f"of slot {slot}")
+    return row
+
+
+def _uuid(shard: Shard) -> str:
+    if shard.uuid is None:
+        raise _without_record(shard, "of itself")
+    return shard.uuid
+
+
+def _without_record(shard: Shard, what: str) -> OwnershipConflict:
+    message = f"shard {shard.name!r} has no record {what}: run 'shardgate create-tables'"
+    return OwnershipConflict(message, keyspace="")
+
+
+def after(act: Act, pair: Pair, move_id: str) -> Pair:
+    """The two rows after a step that changes one of them."""
+    match act:
+        case Act.MARK:
+            return replace(pair, source=handover.mark(pair, move_id))
+        case Act.CLAIM:
+            return replace(pair, target=handover.claim(pair, move_id))
+        case Act.FENCE:
+            return replace(pair, source=handover.fence(pair))
+        case Act.DECIDE:
+            return replace(pair, target=handover.decide(pair.target))
+        case Act.RELEASE:
+            return replace(pair, source=handover.release(pair))
+        case Act.CANCEL:
+            return replace(pair, target=handover.cancel(pair, move_id))
+        case Act.REOPEN:
+            return replace(pair, source=handover.reopen(pair))
+        case _:
+            raise ValueError(f"{act} changes no row")
+
+
+async def take_step(act: Act, pair: Pair, mine: Progress, ends: Ends) -> Pair | None:
+    """Take a step that changes a row and nothing else; None where that is no longer what it was."""
+    wanted = after(act, pair, mine.move_id)
+    at_source = wanted.source != pair.source
+    shard = ends.source if at_source else ends.target
+    before, row = (pair.source, wanted.source) if at_source else (pair.target, wanted.target)
+    change = partial(change_row, tables=shard.tables, before=before, after=row)
+    if not await shard.transact(change):
+        return None
+    mine.marked |= act is Act.MARK
+    mine.claimed |= act is Act.CLAIM
+    return wanted
+
+
+async def end_move(ends: Ends) -> Pair:
+    """End a move: finish one that is decided, undo any other; the rows as they are then.
+
+    Raises:
+        ShardUnavailable: a shard does not answer. Without the target, nobody can tell whether it
+            has decided: the slot stays as it is until the target answers.
+    """
+    mine, pair = new_mark(), await look(ends)
+    while (act := next_act_of_abort(pair, mine)) not in (Act.DONE, Act.LOST):
+        pair = await take_step(act, pair, mine, ends) or await look(ends)
+    return pair

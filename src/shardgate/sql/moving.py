@@ -1,0 +1,523 @@
+"""What a slot holds: read on one database, compared and written on another one.
+
+A slot is a range of ``h``. Sessions are walked in the order of (h, tenant, session), operations in
+that of their key; the order is that of bytes on every database, so two walks can be compared.
+
+Messages have no ``h``: they are found through their session's row. So on a shard that does not own
+the slot yet, or any more, the session's row is written before its messages and removed after them,
+with revision 0 as long as they are not complete: no session that is served has that.
+"""
+
+from __future__ import annotations
+
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+from sqlalchemy import String, and_, bindparam, delete, insert, literal, or_, select, text, update
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.functions import FunctionElement
+
+from shardgate.sql.purge import OpKey
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+
+    from sqlalchemy import Column, ColumnElement, Table
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+    from shardgate.sql.schema import Tables
+
+T = TypeVar("T")
+
+_LOCK_WAIT = {"55P03", 1205}
+"""How PostgreSQL, and MySQL and MariaDB, say that a lock was waited for too long."""
+INCOMPLETE = 0
+"""The revision of a session whose messages are not all here."""
+_BATCH = 500
+
+
+class SessionKey(NamedTuple):
+    """Which session; in this order a slot is walked."""
+
+    h: int
+    tenant_id: str
+    session_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Version:
+    """How far a session is. Of one incarnation, equal revisions are equal contents."""
+
+    incarnation: int
+    revision: int
+    next_seq: int
+    floor_seq: int
+    item_count: int
+    byte_count: int
+
+    def has_only_grown_since(self, older: Version) -> bool:
+        """Whether this is ``older`` with items appended to it: then these are the only difference.
+
+        Appending is the only change that raises the count as much as the next number.
+        """
+        return (
+            self.incarnation == older.incarnation
+            and older.revision != INCOMPLETE
+            and self.floor_seq == older.floor_seq
+            and self.next_seq - older.next_seq == self.item_count - older.item_count
+        )
+
+
+_VERSION = tuple(Version.__dataclass_fields__)
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """The ``h`` of a slot, signed, both ends included."""
+
+    first: int
+    last: int
+
+
+class text_digest(FunctionElement[str]):  # noqa: N801 - an SQL function, named as those are
+    """The SHA-256 of a text in UTF-8, as hexadecimal digits; on SQLite, the text itself."""
+
+    type = String()
+    inherit_cache = True
+
+
+@compiles(text_digest, "postgresql")
+def _postgresql_digest(element: text_digest, compiler: Any, **options: Any) -> str:
+    value = compiler.process(element.clauses, **options)
+    return f"encode(sha256(convert_to({value}, 'UTF8')), 'hex')"
+
+
+@compiles(text_digest, "mysql")
+@compiles(text_digest, "mariadb")
+def _mysql_digest(element: text_digest, compiler: Any, **options: Any) -> str:
+    return f"SHA2({compiler.process(element.clauses, **options)}, 256)"
+
+
+@compiles(text_digest, "sqlite")
+def _sqlite_digest(element: text_digest, compiler: Any, **options: Any) -> str:
+    return str(compiler.process(element.clauses, **options))
+
+
+@asynccontextmanager
+async def limit_lock_wait(
+    connection: AsyncConnection, seconds: float, late: type[Exception]
+) -> AsyncIterator[None]:
+    """Raise ``late`` where a lock is waited for longer than that, on MySQL and MariaDB in whole
+    seconds. On SQLite there is nothing to wait for: a transaction has the only lock there is."""
+    name = connection.dialect.name
+    if name == "sqlite":
+        yield
+        return
+    if name == "postgresql":
+        milliseconds = max(1, round(seconds * 1000))
+        await connection.execute(text(f"SET LOCAL lock_timeout = {milliseconds}"))
+        with _raised_as(late):
+            yield
+        return
+    usual = (await connection.execute(text("SELECT @@innodb_lock_wait_timeout"))).scalar_one()
+    wait = text("SET innodb_lock_wait_timeout = :seconds")
+    await connection.execute(wait, {"seconds": max(1, round(seconds))})
+    try:
+        with _raised_as(late):
+            yield
+    finally:
+        if not connection.invalidated:
+            await connection.execute(wait, {"seconds": usual})
+
+
+@contextmanager
+def _raised_as(late: type[Exception]) -> Iterator[None]:
+    try:
+        yield
+    except DBAPIError as error:
+        original = error.orig
+        told = (getattr(original, "sqlstate", None), *(original.args[:1] if original else ()))
+        if not _LOCK_WAIT.intersection(told):
+            raise
+        raise late from error
+
+
+async def read_versions(
+    connection: AsyncConnection,
+    tables: Tables,
+    span: Span,
+    *,
+    after: SessionKey | None = None,
+    last: SessionKey | None = None,
+    limit: int | None = None,
+) -> dict[SessionKey, Version]:
+    """The sessions of a slot after one key, up to another one, in order, ``limit`` at most."""
+    sessions = tables.sessions
+    key = [sessions.c[field] for field in SessionKey._fields]
+    statement = select(*key, *(sessions.c[field] for field in _VERSION))
+    rows = await connection.execute(_walk(statement, key, span, after, last, limit))
+    return {SessionKey(*row[:3]): Version(*row[3:]) for row in rows}
+
+
+async def read_op_keys(
+    connection: AsyncConnection,
+    tables: Tables,
+    span: Span,
+    *,
+    after: OpKey | None = None,
+    last: OpKey | None = None,
+    limit: int | None = None,
+) -> list[OpKey]:
+    """The operations of a slot after one key, up to another one, in order, ``limit`` at most."""
+    key = [tables.ops.c[field] for field in OpKey._fields]
+    rows = await connection.execute(_walk(select(*key), key, span, after, last, limit))
+    return [OpKey(*row) for row in rows]
+
+
+def _walk(
+    statement: Any,
+    key: Sequence[Column[Any]],
+    span: Span,
+    after: tuple[Any, ...] | None,
+    last: tuple[Any, ...] | None,
+    limit: int | None,
+) -> Any:
+    first = span.first if after is None else after[0]
+    end = span.last if last is None else last[0]
+    statement = statement.where(key[0].between(first, end))
+    if after is not None:
+        statement = statement.where(_beyond(key, after))
+    if last is not None:
+        statement = statement.where(~_beyond(key, last))
+    return statement.order_by(*key).limit(limit)
+
+
+def _beyond(columns: Sequence[Column[Any]], values: Sequence[Any]) -> ColumnElement[bool]:
+    """As a comparison of rows, in which MySQL and MariaDB would find no range of the index."""
+    column, *more = columns
+    value = literal(values[0], column.type)
+    if not more:
+        return column > value
+    return or_(column > value, and_(column == value, _beyond(more, values[1:])))
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """What was read of a session: its row, and its items from number ``since`` on and ``below``
+    another one (None: to the end), as columns by name.
+
+    ``whole``: with these, all of them are there.
+    """
+
+    row: Mapping[str, Any]
+    items: Sequence[Mapping[str, Any]]
+    since: int
+    below: int | None = None
+    whole: bool = True
+
+    @property
+    def key(self) -> SessionKey:
+        """Which session it is."""
+        return _key_of(self.row)
+
+    @property
+    def nbytes(self) -> int:
+        """The size of the items, in bytes."""
+        return sum(item["nbytes"] for item in self.items)
+
+
+def _key_of(row: Mapping[str, Any]) -> SessionKey:
+    return SessionKey(*(row[field] for field in SessionKey._fields))
+
+
+async def read_sessions(
+    connection: AsyncConnection, tables: Tables, keys: Iterable[SessionKey]
+) -> dict[SessionKey, Mapping[str, Any]]:
+    """The rows of these sessions, as columns by name; not those that are gone."""
+    wanted = set(keys)
+    statement = select(tables.sessions).where(_among(tables, wanted))
+    rows = (await connection.execute(statement)).mappings().all()
+    found = {_key_of(row): row for row in map(dict, rows)}
+    return {key: row for key, row in found.items() if key in wanted}
+
+
+async def read_items(
+    connection: AsyncConnection, tables: Tables, keys: Iterable[SessionKey]
+) -> dict[SessionKey, list[Mapping[str, Any]]]:
+    """All items of these sessions that can be seen, as columns by name."""
+    items: dict[SessionKey, list[Mapping[str, Any]]] = {key: [] for key in keys}
+    statement = _items_of(tables, items, tables.messages.c)
+    for row in (await connection.execute(statement)).mappings():
+        item = dict(row)
+        known = items.get(SessionKey(item.pop("h"), item["tenant_id"], item["session_id"]))
+        if known is not None:
+            known.append(item)
+    return items
+
+
+async def read_items_from(
+    connection: AsyncConnection, tables: Tables, key: SessionKey, *, since: int, limit: int
+) -> list[Mapping[str, Any]]:
+    """A session's items from number ``since`` on, oldest first, as columns by name."""
+    messages = tables.messages
+    statement = select(messages).where(_of(messages, key), messages.c.seq >= since)
+    rows = await connection.execute(statement.order_by(messages.c.seq).limit(limit))
+    return [dict(row) for row in rows.mappings()]
+
+
+async def read_digests(
+    connection: AsyncConnection, tables: Tables, keys: Iterable[SessionKey]
+) -> dict[SessionKey, Digests]:
+    """The digests of these sessions' items, as one statement saw them."""
+    sessions, messages = tables.sessions, tables.messages
+    found: dict[SessionKey, Digests] = {}
+    wanted = set(keys)
+    columns = (
+        *(sessions.c.tenant_id, sessions.c.session_id, sessions.c.incarnation, sessions.c.revision),
+        *(messages.c.seq, text_digest(messages.c.message_data)),
+    )
+    for h, tenant, session, incarnation, revision, seq, digest in await connection.execute(
+        _items_of(tables, wanted, columns, also_empty=True)
+    ):
+        key = SessionKey(h, tenant, session)
+        if key not in wanted:
+            continue
+        known = found.setdefault(key, Digests(incarnation, revision, {}))
+        if seq is not None:
+            known.of[seq] = _digest(connection, digest)
+    return found
+
+
+async def read_digests_from(
+    connection: AsyncConnection, tables: Tables, key: SessionKey, *, since: int, limit: int
+) -> dict[int, str]:
+    """The digests of a session's items from number ``since`` on, by number, in order."""
+    messages = tables.messages
+    statement = select(messages.c.seq, text_digest(messages.c.message_data)).where(
+        _of(messages, key), messages.c.seq >= since
+    )
+    rows = await connection.execute(statement.order_by(messages.c.seq).limit(limit))
+    return {seq: _digest(connection, digest) for seq, digest in rows}
+
+
+@dataclass(frozen=True, slots=True)
+class Digests:
+    """The SHA-256 of a session's items by number, and how far the session was."""
+
+    incarnation: int
+    revision: int
+    of: dict[int, str]
+
+    def contradict(self, other: Digests) -> bool:
+        """Whether one of the two cannot be a copy of the other, older or not.
+
+        What has a number within an incarnation never changes.
+        """
+        if self.incarnation != other.incarnation:
+            return False
+        if self.revision == other.revision:
+            return self.of != other.of
+        return any(other.of.get(seq, digest) != digest for seq, digest in self.of.items())
+
+
+def digest_of(data: str) -> str:
+    """What ``text_digest`` gives."""
+    return sha256(data.encode()).hexdigest()
+
+
+def _digest(connection: AsyncConnection, value: Any) -> str:
+    if connection.dialect.name == "sqlite":
+        return digest_of(value)
+    return value.decode() if isinstance(value, bytes) else str(value)
+
+
+def _items_of(
+    tables: Tables, keys: Iterable[SessionKey], columns: Iterable[Any], *, also_empty: bool = False
+) -> Any:
+    sessions, messages = tables.sessions, tables.messages
+    own = (
+        messages.c.tenant_id == sessions.c.tenant_id,
+        messages.c.session_id == sessions.c.session_id,
+        messages.c.seq >= sessions.c.floor_seq,
+    )
+    items = select(sessions.c.h, *columns).join_from(
+        sessions, messages, and_(*own), isouter=also_empty
+    )
+    return items.where(_among(tables, keys))
+
+
+def _among(tables: Tables, keys: Iterable[SessionKey]) -> ColumnElement[bool]:
+    """Sessions that may be among these: others may share their ``h``."""
+    return tables.sessions.c.h.in_(sorted({key.h for key in keys}))
+
+
+def _of(table: Table, key: SessionKey) -> ColumnElement[bool]:
+    return and_(table.c.tenant_id == key.tenant_id, table.c.session_id == key.session_id)
+
+
+async def put_sessions(
+    connection: AsyncConnection, tables: Tables, contents: Sequence[Content]
+) -> None:
+    """Bring sessions level with what was read of them elsewhere.
+
+    To be called by the only one who writes there: what is there already is compared first, so it
+    may be done again. What is missing is inserted, what is too much removed; another incarnation
+    is replaced.
+    """
+    here = await read_sessions(connection, tables, (content.key for content in contents))
+    added: list[Mapping[str, Any]] = []
+    for content in contents:
+        row = here.get(content.key)
+        if row is not None:
+            await _delete_unseen(connection, tables, content, before=row)
+        present = set() if row is None else await _seqs(connection, tables, content)
+        wanted = {item["seq"] for item in content.items}
+        for seqs in _parts(sorted(present - wanted)):
+            of = _of(tables.messages, content.key)
+            await connection.execute(
+                delete(tables.messages).where(of, tables.messages.c.seq.in_(seqs))
+            )
+        added += [item for item in content.items if item["seq"] not in present]
+    rows = [
+        {**content.row, **({} if content.whole else {"revision": INCOMPLETE})}
+        for content in contents
+    ]
+    await _put_rows(connection, tables.sessions, rows, known=here.keys())
+    for part in _parts(added):
+        await connection.execute(insert(tables.messages), list(part))
+
+
+async def _put_rows(
+    connection: AsyncConnection,
+    table: Table,
+    rows: Iterable[Mapping[str, Any]],
+    *,
+    known: Iterable[SessionKey],
+) -> None:
+    there = set(known)
+    new = [dict(row) for row in rows if _key_of(row) not in there]
+    old = [row for row in rows if _key_of(row) in there]
+    if new:
+        await connection.execute(insert(table), new)
+    for row in old:
+        await connection.execute(update(table).where(_of(table, _key_of(row))).values(**row))
+
+
+async def _seqs(connection: AsyncConnection, tables: Tables, content: Content) -> set[int]:
+    """The numbers that a session has here where ``content`` tells which ones it should have."""
+    seq = tables.messages.c.seq
+    statement = select(seq).where(_of(tables.messages, content.key), seq >= content.since)
+    if content.below is not None:
+        statement = statement.where(seq < content.below)
+    return set((await connection.execute(statement)).scalars())
+
+
+async def _delete_unseen(
+    connection: AsyncConnection, tables: Tables, content: Content, *, before: Mapping[str, Any]
+) -> None:
+    """Remove what is of another incarnation, or has been cleared meanwhile."""
+    unseen = delete(tables.messages).where(_of(tables.messages, content.key))
+    if before["incarnation"] == content.row["incarnation"]:
+        if before["floor_seq"] == content.row["floor_seq"]:
+            return
+        unseen = unseen.where(tables.messages.c.seq < content.row["floor_seq"])
+    await connection.execute(unseen)
+
+
+async def remove_sessions(
+    connection: AsyncConnection, tables: Tables, keys: Iterable[SessionKey]
+) -> None:
+    """Remove sessions with their items."""
+    values = [{"tenant": key.tenant_id, "session": key.session_id} for key in keys]
+    for table in (tables.messages, tables.sessions) if values else ():
+        of = (
+            table.c.tenant_id == bindparam("tenant", type_=table.c.tenant_id.type),
+            table.c.session_id == bindparam("session", type_=table.c.session_id.type),
+        )
+        await connection.execute(delete(table).where(*of), values)
+
+
+async def shorten_session(
+    connection: AsyncConnection, tables: Tables, key: SessionKey, *, items: int
+) -> bool:
+    """Remove the first ``items`` of a session that is not served; whether there may be more."""
+    messages, sessions = tables.messages, tables.sessions
+    of = _of(messages, key)
+    await connection.execute(update(sessions).where(_of(sessions, key)).values(revision=INCOMPLETE))
+    beyond = select(messages.c.seq).where(of).order_by(messages.c.seq).offset(items).limit(1)
+    first_left = (await connection.execute(beyond)).scalar_one_or_none()
+    if first_left is not None:
+        await connection.execute(delete(messages).where(of, messages.c.seq < first_left))
+    return first_left is not None
+
+
+async def read_ops(
+    connection: AsyncConnection, tables: Tables, first: OpKey, last: OpKey
+) -> list[Mapping[str, Any]]:
+    """The operations from one key to another one, as columns by name."""
+    key = [tables.ops.c[field] for field in OpKey._fields]
+    statement = select(tables.ops).where(key[0].between(first.h, last.h))
+    statement = statement.where(~_below(key, first), ~_beyond(key, last))
+    rows = await connection.execute(statement.order_by(*key))
+    return [dict(row) for row in rows.mappings()]
+
+
+async def put_ops(
+    connection: AsyncConnection, tables: Tables, rows: Sequence[Mapping[str, Any]]
+) -> None:
+    """Insert those of these operations (in order) that are not here yet."""
+    if not rows:
+        return
+    keys = [OpKey(*(row[field] for field in OpKey._fields)) for row in rows]
+    here = {
+        OpKey(*(row[field] for field in OpKey._fields))
+        for row in await read_ops(connection, tables, keys[0], keys[-1])
+    }
+    new = [dict(row) for key, row in zip(keys, rows, strict=True) if key not in here]
+    for part in _parts(new):
+        await connection.execute(insert(tables.ops), list(part))
+
+
+async def remove_ops(connection: AsyncConnection, tables: Tables, keys: Sequence[OpKey]) -> None:
+    """Remove operations."""
+    columns = [tables.ops.c[field] for field in OpKey._fields]
+    of = [column == bindparam(f"key_{column.name}", type_=column.type) for column in columns]
+    values = [{f"key_{field}": value for field, value in key._asdict().items()} for key in keys]
+    if values:
+        await connection.execute(delete(tables.ops).where(*of), values)
+
+
+async def read_tenants(
+    connection: AsyncConnection, tables: Tables, tenant_ids: Iterable[str]
+) -> list[Mapping[str, Any]]:
+    """The rows of these tenants, as columns by name."""
+    known = tables.tenants.c.tenant_id.in_(sorted(tenant_ids))
+    rows = await connection.execute(select(tables.tenants).where(known))
+    return [dict(row) for row in rows.mappings()]
+
+
+async def put_tenants(
+    connection: AsyncConnection, tables: Tables, rows: Sequence[Mapping[str, Any]]
+) -> None:
+    """Insert those of these tenants that are not known here."""
+    ids = {row["tenant_id"] for row in rows}
+    known = {row["tenant_id"] for row in await read_tenants(connection, tables, ids)}
+    new = [dict(row) for row in rows if row["tenant_id"] not in known]
+    if new:
+        await connection.execute(insert(tables.tenants), new)
+
+
+def _below(columns: Sequence[Column[Any]], values: Sequence[Any]) -> ColumnElement[bool]:
+    column, *more = columns
+    value = literal(values[0], column.type)
+    if not more:
+        return column < value
+    return or_(column < value, and_(column == value, _below(more, values[1:])))
+
+
+def _parts(rows: Sequence[T]) -> Iterator[Sequence[T]]:
+    for start in range(0, len(rows), _BATCH):
+        yield rows[start : start + _BATCH]
