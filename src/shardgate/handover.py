@@ -92,6 +92,16 @@ class Pair:
         return not (behind or (undecided and (self.target.epoch == fence or anew)) or hinted)
 
     @property
+    def is_undone(self) -> bool:
+        """Whether nothing is left at the target of a claim, but rows that may go.
+
+        The source must have come up to its epoch: who forgets it hints at the source with that.
+        """
+        above = self.target.epoch > self.source.epoch
+        left = self.target.state == IMPORTING or (self.target.state == CANCELLED and above)
+        return self.is_served and not left
+
+    @property
     def top(self) -> int:
         """The higher of the two epochs."""
         return max(self.source.epoch, self.target.epoch)
@@ -141,8 +151,12 @@ def cancel(pair: Pair, move_id: str) -> SlotRow:
 
 
 def reopen(pair: Pair) -> SlotRow:
-    """The source in service again, once the target has cancelled."""
-    epoch = pair.source.epoch if pair.source.state == OWNED else pair.top + 1
+    """The source in service again, once the target has cancelled.
+
+    In any case at an epoch that no hint of the target's goes beyond, see ``forget``: else the slot
+    could get to a third shard at a lower one than that.
+    """
+    epoch = pair.top if pair.source.state == OWNED else pair.top + 1
     return SlotRow(pair.source.slot, pair.source_uuid, OWNED, epoch)
 
 
@@ -192,9 +206,9 @@ def next_act(pair: Pair, mine: Progress) -> Act:
     if pair.target.state in CLAIMING or not (pair.is_served or pair.is_fenced):
         return Act.LOST
     if pair.source.move_id != mine.move_id:
-        return Act.LOST if mine.marked else Act.MARK
+        return Act.LOST if mine.marked or mine.passed else Act.MARK
     if pair.target.state != IMPORTING or pair.target.move_id != mine.move_id:
-        return Act.LOST if mine.claimed else Act.CLAIM
+        return Act.LOST if mine.claimed or mine.passed else Act.CLAIM
     if not mine.copied:
         return Act.COPY
     if pair.source.state == OWNED:
@@ -206,11 +220,11 @@ def next_act_of_abort(pair: Pair, mine: Progress) -> Act:
     """What he who ends the move does next: a decided one is finished, any other undone."""
     if pair.is_decided:
         return Act.DONE if pair.source.state == RELEASED else Act.RELEASE
-    if pair.is_served and pair.source.move_id is None:
+    if pair.is_undone and pair.source.move_id is None:
         return Act.DONE
     if pair.target.state in CLAIMING or not (pair.is_served or pair.is_fenced):
         return Act.LOST
-    if pair.source.move_id != mine.move_id:
-        return Act.LOST if mine.marked else Act.MARK
     cancelled = pair.target.state == CANCELLED and pair.target.move_id == mine.move_id
+    if pair.source.move_id != mine.move_id:
+        return Act.LOST if mine.marked or cancelled else Act.MARK
     return Act.REOPEN if cancelled else Act.CANCEL

@@ -17,7 +17,6 @@ import logging
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import count
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from shardgate import shards as shards_module
@@ -37,6 +36,7 @@ from shardgate.founding import create
 from shardgate.handover import DRAINING, OWNED
 from shardgate.purge import end_purge, purge_all
 from shardgate.records import ADMITTED, admit, owned_slots, standing, testify
+from shardgate.recovery import wait_for_move
 from shardgate.router import route
 from shardgate.settling import together
 from shardgate.shards import UNANSWERED, Quarantine, ask_all
@@ -47,9 +47,10 @@ from shardgate.sql.transactions import RefusedError
 from shardgate.store import Place, Store
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator, Mapping
+    from collections.abc import Awaitable, Callable, Mapping
 
     from shardgate.agreement import Plan
+    from shardgate.handover import SlotRow
     from shardgate.records import Standing, Testimony
     from shardgate.router import Route
     from shardgate.shards import Shard
@@ -63,14 +64,12 @@ T = TypeVar("T")
 logger = logging.getLogger("shardgate")
 
 _POLL = 0.02
-"""Seconds between two looks at a slot that is being moved, or that nobody seems to have."""
+"""Seconds between two looks at a slot that nobody seems to have."""
 _LOOK_SECONDS, _LOOK_SHARE = 2.0, 0.25
 """How long a shard is waited for when others are to be compared with it: so many seconds, and no
 more than this part of the deadline."""
 _IDLE_SHARE = 20
 """A shard in quarantine is looked at again after this many times as long as the last look took."""
-_LONG_DRAIN = 25
-"""After so many polls, a slot that is being moved is looked for elsewhere, too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +104,7 @@ class Keyspace:
         self._loading: asyncio.Task[KeyspaceMap] | None = None
         self._loading_took = 0.0
         self._owned: dict[str, tuple[int, frozenset[int]]] = {}
+        self._watches: dict[tuple[str, int], asyncio.Task[SlotRow]] = {}
         self._memory = Memory()
         for shard in shards.values():
             shard.verify = self._verify
@@ -173,7 +173,6 @@ class Keyspace:
     ) -> T:
         clock = asyncio.get_running_loop().time
         give_up = clock() + self._deadline
-        polls = count(1)
         while True:
             known = await self.known()
             where = route(known, tenant_id, session_id)
@@ -193,7 +192,7 @@ class Keyspace:
                 if route(now, tenant_id, session_id).shard == where.shard:
                     raise
                 continue
-            await self._learn(known, where, tenant_id, polls)
+            await self._learn(known, where, tenant_id, seconds=give_up - clock())
 
     async def survey(
         self, tenant_id: str, *, limit: int, after: Any, partial_: bool
@@ -268,7 +267,7 @@ class Keyspace:
         return [info for h, info in listed.sessions if slot_of(from_signed(h), slots) in owned]
 
     async def _learn(
-        self, known: KeyspaceMap, where: Route, tenant_id: str, polls: Iterator[int]
+        self, known: KeyspaceMap, where: Route, tenant_id: str, *, seconds: float
     ) -> None:
         """Find out why the guard failed, and what to do about it."""
         if self.shards[where.shard].quarantine is not None and self.map is known:
@@ -279,36 +278,54 @@ class Keyspace:
             await self._read()
             self.shards[where.shard].refuse(writes=False)
             raise self._not_itself(where.shard, said.shard_uuid)
-        if said.slot is not None and said.slot.owner == own:
-            await self._wait_or_admit(where.shard, said, tenant_id)
-            if said.slot.state == DRAINING and next(polls) % _LONG_DRAIN == 0:
-                await self._read()  # who moves it may have died after the target has got it
+        row = said.slot
+        if row is not None and row.owner == own and row.state == OWNED:
+            await self._admit(self.shards[where.shard], said, tenant_id)
             return
-        if not self._follow(known, where, said):
+        if row is not None and row.owner == own and row.state == DRAINING:
+            row = await self._wait_for_move(where, seconds)
+            if row.owner == own:
+                return
+        if row is None or not self._follow(known, where, row):
             await self._read()
             await asyncio.sleep(_POLL)
 
-    async def _wait_or_admit(self, shard: str, said: Standing, tenant_id: str) -> None:
-        state = "" if said.slot is None else said.slot.state
-        if state == OWNED and said.tenant is None:
-            await admit(self.shards[shard], tenant_id)
-        elif state == OWNED and said.tenant != ADMITTED:
+    async def _admit(self, shard: Shard, said: Standing, tenant_id: str) -> None:
+        if said.tenant is None:
+            await admit(shard, tenant_id)
+        elif said.tenant != ADMITTED:
             raise TenantRefused(
                 f"tenant {tenant_id!r} is {said.tenant} in keyspace {self.plan.keyspace!r}",
                 tenant=tenant_id,
             )
-        elif state == DRAINING:
-            await asyncio.sleep(_POLL)
 
-    def _follow(self, known: KeyspaceMap, where: Route, said: Standing) -> bool:
+    async def _wait_for_move(self, where: Route, seconds: float) -> SlotRow:
+        """Wait until a slot that is being moved is served again: one looks, for all who wait."""
+        shard = self.shards[where.shard]
+        watch = self._watches.get((where.shard, where.slot))
+        if watch is None:
+            by_uuid = {one.uuid: one for one in self.shards.values() if one.uuid is not None}
+            watch = shard.in_background(wait_for_move(shard, where.slot, by_uuid))
+            self._watches[where.shard, where.slot] = watch
+            watch.add_done_callback(lambda _: self._watches.pop((where.shard, where.slot)))
+        await asyncio.wait([watch], timeout=max(seconds, 0))
+        if watch.cancelled():
+            raise UsageError("the gateway has been closed")
+        if not watch.done():
+            raise ShardUnavailable(
+                f"slot {where.slot} of keyspace {self.plan.keyspace!r} is being moved from shard "
+                f"{where.shard!r}, and was not served again in time",
+                shard=where.shard,
+            )
+        return watch.result()
+
+    def _follow(self, known: KeyspaceMap, where: Route, row: SlotRow) -> bool:
         """Take a shard's word for where a slot has gone, unless it is older than what is known."""
-        if said.slot is None or said.slot.epoch < where.epoch:
-            return False
-        owner = next((name for name, uuid in known.uuids.items() if uuid == said.slot.owner), None)
-        if owner not in self.shards or owner == where.shard:
+        owner = next((name for name, uuid in known.uuids.items() if uuid == row.owner), None)
+        if row.epoch < where.epoch or owner not in self.shards or owner == where.shard:
             return False
         current = self.map or known
-        self.map = current.with_slot(where.slot, str(owner), said.slot.epoch)
+        self.map = current.with_slot(where.slot, str(owner), row.epoch)
         return True
 
     def _not_itself(self, shard: str, uuid: str | None) -> OwnershipConflict:

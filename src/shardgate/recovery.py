@@ -7,19 +7,28 @@ safe in any case (see ``handover``); a mover that lives finds that it has lost i
 
 from __future__ import annotations
 
+import asyncio
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
 from shardgate import handover
-from shardgate.errors import OwnershipConflict
-from shardgate.handover import Act, Pair, Progress, next_act_of_abort
+from shardgate.errors import OwnershipConflict, ShardgateError
+from shardgate.handover import DRAINING, Act, Pair, Progress, next_act_of_abort
 from shardgate.records import change_row, read_row
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from shardgate.handover import SlotRow
     from shardgate.shards import Shard
+
+POLL_SECONDS = 0.02
+"""Between two looks at a slot that is being moved."""
+ORPHANED_SECONDS = 3.0
+"""After how long without a step a frozen slot's move is ended by those who wait for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,3 +120,33 @@ async def end_move(ends: Ends) -> Pair:
     while (act := next_act_of_abort(pair, mine)) not in (Act.DONE, Act.LOST):
         pair = await take_step(act, pair, mine, ends) or await look(ends)
     return pair
+
+
+async def wait_for_move(source: Shard, slot: int, shards: Mapping[str, Shard]) -> SlotRow:
+    """Wait until a frozen slot is served again; the row that tells by whom.
+
+    A move that takes no step for a while is ended. ``shards``: those that the target may be one of,
+    by UUID.
+
+    Raises:
+        ShardUnavailable: a shard does not answer.
+    """
+    clock = asyncio.get_running_loop().time
+    seen, since = None, clock()
+    while True:
+        row = await _row(source, slot)
+        if row.state != DRAINING or row.owner != source.uuid:
+            return row
+        if row != seen:
+            seen, since = row, clock()
+        target = shards.get(row.peer or "")
+        if target is not None:
+            ends = Ends(source, target, slot)
+            pair = await look(ends)
+            if pair.is_decided:
+                return handover.release(pair)
+            if clock() - since > ORPHANED_SECONDS:
+                since = clock()
+                with suppress(ShardgateError):
+                    await end_move(ends)
+        await asyncio.sleep(POLL_SECONDS)

@@ -15,7 +15,7 @@ from shardgate.control.rebalance import Load
 from shardgate.errors import OwnershipConflict
 from shardgate.shards import ask_all
 from shardgate.slots import slot_range
-from shardgate.sql.load import tally
+from shardgate.sql.load import tally, tally_statement
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -100,13 +100,12 @@ def _load(first: _Reading, last: _Reading) -> Load:
 
 async def _read(shard: Shard, slots: Sequence[int], count: int) -> dict[int, _Reading]:
     places = max(1, min(_PLACES, count // _PARTS))
+    statement = tally_statement(shard.tables, places)
     readings: dict[int, _Reading] = {}
     for start in range(0, len(slots), places):
         chunk = slots[start : start + places]
         ranges = [slot_range(slot, count) for slot in chunk]
-        tallies = await shard.query(
-            partial(tally, tables=shard.tables, ranges=ranges, places=places)
-        )
+        tallies = await shard.query(partial(tally, statement=statement, ranges=ranges))
         at = get_running_loop().time()
         readings |= {slot: _Reading(one, at) for slot, one in zip(chunk, tallies, strict=True)}
     return readings

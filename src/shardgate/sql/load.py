@@ -32,21 +32,22 @@ class Tally:
     revisions: int
 
 
+def tally_statement(tables: Tables, places: int) -> CompoundSelect[Any]:
+    """The statement that counts in up to ``places`` ranges at once; to be made once, and kept."""
+    return union_all(*(_tally_one(tables, place) for place in range(places)))
+
+
 async def tally(
-    connection: AsyncConnection, tables: Tables, ranges: Sequence[tuple[int, int]], *, places: int
+    connection: AsyncConnection, statement: CompoundSelect[Any], ranges: Sequence[tuple[int, int]]
 ) -> list[Tally]:
     """Count what there is in each of the ranges: the first and the last ``h``, both inclusive.
 
-    ``places``: how many ranges the statement has; there must not be more.
+    There must not be more ranges than the statement has places.
     """
-    rows = await connection.execute(tally_statement(tables, places), parameters(ranges, places))
-    tallies = {place: Tally(*map(int, sums)) for place, *sums in rows}
+    values = parameters(ranges, places=len(statement.selects))
+    rows = await connection.execute(statement, values)
+    tallies = {place: Tally(*(int(total or 0) for total in totals)) for place, *totals in rows}
     return [tallies[place] for place in range(len(ranges))]
-
-
-def tally_statement(tables: Tables, places: int) -> CompoundSelect[Any]:
-    """The statement that counts in ``places`` ranges at once."""
-    return union_all(*(_tally_one(tables, place) for place in range(places)))
 
 
 def _tally_one(tables: Tables, place: int) -> Select[Any]:
@@ -56,11 +57,11 @@ def _tally_one(tables: Tables, place: int) -> Select[Any]:
     return select(
         literal_column(str(place), Integer()),
         func.count(),
-        *(func.coalesce(func.sum(counter), 0) for counter in counters),
+        *map(func.sum, counters),
     ).where(sessions.c.h.between(first, last))
 
 
-def parameters(ranges: Sequence[tuple[int, int]], places: int) -> dict[str, int]:
+def parameters(ranges: Sequence[tuple[int, int]], *, places: int) -> dict[str, int]:
     """The statement's parameters for these ranges."""
     values: dict[str, int] = {}
     for place in range(places):
