@@ -81,13 +81,13 @@ class Pair:
         A target that has not decided since the fence is either behind it, or importing, or has
         cancelled that. Its epoch may be higher than the fence's if somebody has claimed it anew,
         and then it says from whom. A released source whose target has not decided was released by
-        a decision that the target has lost again.
+        a decision that the target has lost again; somebody may have claimed that since.
         """
         if not self.is_fenced:
             return False
         behind, fence = self.target.epoch < self.source.epoch, self.source.epoch
         undecided = self.target.state in _UNDECIDED
-        anew = self.source.state == DRAINING and self.target.peer == self.source_uuid
+        anew = self.target.peer == self.source_uuid
         hinted = self.target.state == ELSEWHERE and self.target.owner == self.source_uuid
         return not (behind or (undecided and (self.target.epoch == fence or anew)) or hinted)
 

@@ -177,11 +177,11 @@ class Copying:
             version = theirs[key]
             if ours is not None and version.has_only_grown_since(ours):
                 yield self._tail(key, since=ours.next_seq)
-            elif _is_large(version):
+            elif is_large(version):
                 yield self._tail(key, since=version.floor_seq)
             else:
                 small.append(key)
-        for batch in _batches(small, theirs):
+        for batch in batches(small, theirs):
             yield self._whole(batch)
 
     async def _whole(self, keys: list[SessionKey]) -> AsyncIterator[list[Content]]:
@@ -231,7 +231,7 @@ class Copying:
     ) -> None:
         tables = self.ends.target.tables
         for key in keys:
-            if _is_large(ours[key]):
+            if is_large(ours[key]):
                 shorten = partial(shorten_session, tables=tables, key=key, items=MOST_ITEMS)
                 while await site.write(shorten):
                     pass
@@ -281,11 +281,11 @@ class Copying:
         async for theirs, ours in self._pages(Site(target.query, target.transact)):
             both = [key for key in theirs if key in ours]
             for key in both:
-                if _is_large(theirs[key]):
+                if is_large(theirs[key]):
                     await self._verify_large(key, theirs[key], ours[key])
                 await self.pace.spend(theirs[key].byte_count)
-            small = [key for key in both if not _is_large(theirs[key])]
-            for batch in _batches(small, theirs):
+            small = [key for key in both if not is_large(theirs[key])]
+            for batch in batches(small, theirs):
                 await self._verify_small(batch)
                 await self.beat()
 
@@ -331,7 +331,7 @@ class Copying:
         return partial(read, tables=self.ends.target.tables)
 
 
-def _is_large(version: Version) -> bool:
+def is_large(version: Version) -> bool:
     return version.item_count > MOST_ITEMS or version.byte_count > MOST_BYTES
 
 
@@ -341,7 +341,7 @@ def _portion(row: Mapping[str, Any]) -> int:
     return max(1, min(MOST_ITEMS, MOST_BYTES // average))
 
 
-def _batches(
+def batches(
     keys: Iterable[SessionKey], versions: Mapping[SessionKey, Version]
 ) -> Iterator[list[SessionKey]]:
     """Sessions in portions of so many items and bytes at the most."""

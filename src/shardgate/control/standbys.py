@@ -120,7 +120,7 @@ def _missing_on(position: str | None) -> Any:
         lacking = await connection.execute(
             text(
                 "SELECT count(*) FROM pg_stat_replication WHERE state <> 'backup'"
-                " AND (flush_lsn IS NULL OR flush_lsn < cast(:position AS pg_lsn))"
+                " AND (flush_lsn IS NULL OR flush_lsn < cast(cast(:position AS text) AS pg_lsn))"
             ),
             {"position": until},
         )

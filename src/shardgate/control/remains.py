@@ -1,0 +1,196 @@
+"""What moves leave behind: rows of slots that a shard does not own, or owns no more.
+
+They are never seen, as every statement asks for ownership; they only take room. A source keeps
+what it has released for a while, a target what it had copied before a move was ended.
+
+Each portion is removed under the slot's row, if that is still exactly what it was when this began:
+so a slot that comes back, while an old removal is still under way, loses nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+from shardgate import handover
+from shardgate.control.copying import MOST_ITEMS, OPS_PAGE, PAGE, batches, is_large
+from shardgate.control.standbys import wait_for_standbys
+from shardgate.errors import OwnershipConflict, ShardgateError
+from shardgate.handover import CANCELLED, CLAIMING, DRAINING, IMPORTING, OWNED, RELEASED
+from shardgate.records import RowChangedError, change_row, hold_row, read_row, read_rows, row_age
+from shardgate.recovery import Ends, look
+from shardgate.settling import together
+from shardgate.slots import slot_range
+from shardgate.sql.moving import (
+    Span,
+    read_op_keys,
+    read_versions,
+    remove_ops,
+    remove_sessions,
+    shorten_session,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+    from shardgate.agreement import Plan
+    from shardgate.handover import Pair, SlotRow
+    from shardgate.shards import Shard
+
+GRACE_SECONDS = 3600.0
+"""For how long a source keeps what it has released, where nothing else is said."""
+_STANDBY_SECONDS = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Unfinished:
+    """A slot's row that is neither in service nor a mere hint: a move is under way, has stopped, or
+    has left something behind.
+
+    ``shard`` says so; ``idle`` is for how many seconds, by its own clock, nobody has touched the
+    row. ``peer`` is the other shard of the move, if the settings have it.
+    """
+
+    shard: str
+    row: SlotRow
+    idle: float | None
+    peer: str | None
+
+    @property
+    def is_rest(self) -> bool:
+        """Whether it is only something to be removed."""
+        return self.row.state in (RELEASED, CANCELLED)
+
+
+async def find_unfinished(shards: Mapping[str, Shard]) -> list[Unfinished]:
+    """What moves have left, or have not come to yet, on all shards.
+
+    Raises:
+        ShardUnavailable: a shard does not answer.
+    """
+    names = {shard.uuid: name for name, shard in shards.items()}
+    found = await together(_unfinished(shard, names) for shard in shards.values())
+    return [one for part in found for one in part]
+
+
+async def _unfinished(shard: Shard, names: Mapping[str | None, str]) -> list[Unfinished]:
+    rows = await shard.query(partial(read_rows, tables=shard.tables))
+    return [
+        Unfinished(shard.name, row, await row_age(shard, row.slot), names.get(row.peer))
+        for row in rows
+        if row.state in (DRAINING, IMPORTING, RELEASED, CANCELLED)
+        or (row.state == OWNED and row.move_id is not None)
+    ]
+
+
+async def remove_remains(
+    plan: Plan,
+    shards: Mapping[str, Shard],
+    rest: Unfinished,
+    *,
+    grace_seconds: float = GRACE_SECONDS,
+    accept_async_standbys: bool = False,
+) -> str | None:
+    """Remove what is left of a slot on a shard that does not own it; why not, if it was kept.
+
+    What a source has released is kept until the target says that it has decided, most shards have
+    recorded that, the target's standbys have it too, and the grace is over.
+
+    Raises:
+        ShardUnavailable: a shard that has to be asked does not answer; what was removed so far
+            stays removed, and the rest can be removed later.
+    """
+    shard = shards[rest.shard]
+    if rest.peer is None:
+        return "the settings do not name the other shard"
+    peer = shards[rest.peer]
+    if rest.row.state == RELEASED:
+        reason = await _why_kept(shards, shard, peer, rest, grace_seconds)
+        if reason is None and not accept_async_standbys:
+            await wait_for_standbys(peer, seconds=_STANDBY_SECONDS)
+        source = rest.row.owner
+    else:
+        reason = _why_held(await look(Ends(peer, shard, rest.row.slot)))
+        source = peer.uuid or ""
+    if reason is None:
+        await _remove(plan, shard, rest.row, source)
+    return reason
+
+
+async def _why_kept(
+    shards: Mapping[str, Shard], source: Shard, target: Shard, rest: Unfinished, grace: float
+) -> str | None:
+    if rest.idle is not None and rest.idle < grace:
+        return f"it was released {rest.idle:.0f} seconds ago, and is kept for {grace:g}"
+    pair = await look(Ends(source, target, rest.row.slot))
+    if pair.source != rest.row or not pair.is_decided:
+        return f"shard {target.name!r} does not say that it has got the slot"
+    known = await _who_knows(shards, rest.row)
+    if 2 * len(known) <= len(shards):
+        return f"only {len(known)} of {len(shards)} shards have recorded the move"
+    return None
+
+
+async def _who_knows(shards: Mapping[str, Shard], released: SlotRow) -> list[str]:
+    """The shards that have recorded the move, or one after it."""
+
+    async def epoch(shard: Shard) -> int:
+        try:
+            row = await shard.query(partial(read_row, tables=shard.tables, slot=released.slot))
+        except ShardgateError:
+            return -1
+        return -1 if row is None else row.epoch
+
+    epochs = await together(epoch(shard) for shard in shards.values())
+    return [name for name, epoch in zip(shards, epochs, strict=True) if epoch >= released.epoch]
+
+
+def _why_held(pair: Pair) -> str | None:
+    """Why what a target has copied is kept: its move can still be gone on with."""
+    if pair.is_fenced or pair.source.move_id == pair.target.move_id:
+        return "its move has not ended: finish or end it first"
+    if pair.target.state in CLAIMING:
+        return "the shard owns the slot"
+    return None
+
+
+async def _remove(plan: Plan, shard: Shard, row: SlotRow, source: str) -> None:
+    tables = shard.tables
+    span = Span(*slot_range(row.slot, plan.slots))
+
+    async def portion(connection: AsyncConnection) -> bool:
+        """Remove some, and whether that was all; then the row says so."""
+        await hold_row(connection, tables, row, alone=True)
+        if await _remove_some(connection, shard, span):
+            return False
+        return await change_row(connection, tables, row, handover.forget(row, source))
+
+    try:
+        while not await shard.transact(portion):
+            pass
+    except RowChangedError:
+        raise OwnershipConflict(
+            f"slot {row.slot} of shard {shard.name!r} has changed while its rows were removed: "
+            "what was left of them stays",
+            keyspace=plan.keyspace,
+        ) from None
+
+
+async def _remove_some(connection: AsyncConnection, shard: Shard, span: Span) -> bool:
+    """Remove about as much as one transaction should; whether there was anything."""
+    tables = shard.tables
+    versions = await read_versions(connection, tables, span, limit=PAGE)
+    first = next(iter(versions), None)
+    if first is not None and is_large(versions[first]):
+        if not await shorten_session(connection, tables, first, items=MOST_ITEMS):
+            await remove_sessions(connection, tables, [first])
+        return True
+    if versions:
+        await remove_sessions(connection, tables, next(batches(versions, versions)))
+        return True
+    ops = await read_op_keys(connection, tables, span, limit=OPS_PAGE)
+    await remove_ops(connection, tables, ops)
+    return bool(ops)
