@@ -51,12 +51,13 @@ async def look(ends: Ends) -> Pair:
     Raises:
         OwnershipConflict: a shard has no record of the slot, or of itself.
     """
-    source = await _row(ends.source, ends.slot)
-    target = await _row(ends.target, ends.slot)
+    source = await read_slot(ends.source, ends.slot)
+    target = await read_slot(ends.target, ends.slot)
     return Pair(_uuid(ends.source), _uuid(ends.target), source, target)
 
 
-async def _row(shard: Shard, slot: int) -> SlotRow:
+async def read_slot(shard: Shard, slot: int) -> SlotRow:
+    """What a shard says of a slot; raises OwnershipConflict where it says nothing."""
     row = await shard.query(partial(read_row, tables=shard.tables, slot=slot))
     if row is None:
         raise _without_record(shard, f"of slot {slot}")
@@ -134,7 +135,7 @@ async def wait_for_move(source: Shard, slot: int, shards: Mapping[str, Shard]) -
     clock = asyncio.get_running_loop().time
     seen, since = None, clock()
     while True:
-        row = await _row(source, slot)
+        row = await read_slot(source, slot)
         if row.state != DRAINING or row.owner != source.uuid:
             return row
         if row != seen:

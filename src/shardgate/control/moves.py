@@ -26,7 +26,7 @@ from shardgate.errors import (
     ShardgateError,
     TransientError,
 )
-from shardgate.handover import OWNED, Act, next_act
+from shardgate.handover import DRAINING, OWNED, Act, next_act
 from shardgate.records import (
     RowChangedError,
     change_row,
@@ -36,7 +36,7 @@ from shardgate.records import (
     record_move,
     row_age,
 )
-from shardgate.recovery import Ends, after, end_move, look, new_mark, take_step
+from shardgate.recovery import Ends, after, end_move, look, new_mark, read_slot, take_step
 from shardgate.settling import settle, together
 from shardgate.slots import slot_range
 from shardgate.sql.moving import Span, limit_lock_wait
@@ -387,11 +387,19 @@ class Mover:
                 pair = await end_move(ends)
                 break
             except (TransientError, OutcomeUnknown):
-                if asyncio.get_running_loop().time() > give_up:
+                late = asyncio.get_running_loop().time() > give_up
+                if late or not await self._is_frozen(ends):
                     raise
                 await asyncio.sleep(_FIRST_PAUSE)
         self._observe(self._event(ends, counts, Phase.STEPPED_BACK))
         await self._record(ends, pair)
+
+    async def _is_frozen(self, ends: Ends) -> bool:
+        try:
+            row = await read_slot(ends.source, ends.slot)
+        except ShardgateError:
+            return True
+        return row.state == DRAINING
 
     async def _record(self, ends: Ends, pair: Pair) -> None:
         """Tell all shards that answer who owns the slot now, and how far the two have come."""
