@@ -6,6 +6,7 @@ Bounds are generous: they tell a deadline from a hang.
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -15,7 +16,7 @@ from harness.proxy import CuttingProxy
 from shardgate import Gateway, OutcomeUnknown, ShardUnavailable
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator, Awaitable, Callable
 
     from conftest import MakeDatabases
     from gateway.conftest import Gateways
@@ -69,6 +70,14 @@ async def _connected(proxy: CuttingProxy) -> None:
         await asyncio.sleep(0.01)
 
 
+async def _once_back(read: Callable[[], Awaitable[list[Any]]]) -> list[Any]:
+    """What is read of a shard that answers again: a busy machine can miss so short a deadline."""
+    async with asyncio.timeout(NO_HANG):
+        while True:
+            with suppress(ShardUnavailable):
+                return await read()
+
+
 async def _no_hang(*acts: Any) -> list[Any]:
     async with asyncio.timeout(NO_HANG):
         return await asyncio.gather(*acts, return_exceptions=True)
@@ -91,7 +100,7 @@ async def test_reads_of_a_frozen_shard_end(gateway: Gateway, proxy: CuttingProxy
     assert page.unavailable_shards == ("b",)
     assert len(page.sessions) == 1
     proxy.resume()
-    assert await frozen.get_items() == [item("old")]
+    assert await _once_back(frozen.get_items) == [item("old")]
 
 
 @pytest.mark.parametrize("operation", ["add_items", "pop_item", "clear_session", "delete"])
@@ -113,11 +122,12 @@ async def test_a_write_that_was_sent_to_a_frozen_shard_has_an_unknown_outcome(
     assert "shard 'b'" in str(error)
     if operation == "delete" and isinstance(error, ShardUnavailable):
         # A transaction of several statements, stopped before the first that writes.
-        assert await session.get_items() == [item("old")]
+        assert await _once_back(session.get_items) == [item("old")]
         return
     assert isinstance(error, OutcomeUnknown), repr(error)
     assert "may or may not have taken effect" in str(error)
-    assert await session.get_items() in ([], [item("old")], [item("old"), item("new")])
+    found = await _once_back(session.get_items)
+    assert found in ([], [item("old")], [item("old"), item("new")])
 
 
 async def test_a_write_that_never_got_a_connection_was_not_sent(
@@ -132,7 +142,7 @@ async def test_a_write_that_never_got_a_connection_was_not_sent(
     assert isinstance(error, ShardUnavailable), repr(error)
     assert error.shard == "b"
     proxy.resume()
-    assert await session.get_items() == [item("old")]
+    assert await _once_back(session.get_items) == [item("old")]
 
 
 async def test_opening_with_a_frozen_shard(
@@ -141,12 +151,14 @@ async def test_opening_with_a_frozen_shard(
     proxy.freeze()
     gateway = gateways.make(settings_at(urls, **OPTIONS))
     assert await _no_hang(gateway.open()) == [None]
-    assert await gateway.tenant("acme").session(session_on(gateway, "a")).get_items() != []
+    alive = gateway.tenant("acme").session(session_on(gateway, "a"))
+    assert await _once_back(alive.get_items) != []
     (report,) = await _no_hang(gateway.check())
     assert report.shards["a"].ok
     assert not report.shards["b"].reachable
     proxy.resume()
-    assert await gateway.tenant("acme").session(session_on(gateway, "b")).get_items() != []
+    frozen = gateway.tenant("acme").session(session_on(gateway, "b"))
+    assert await _once_back(frozen.get_items) != []
 
 
 async def test_many_operations_wait_for_a_frozen_keyspace_together(
