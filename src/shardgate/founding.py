@@ -15,7 +15,7 @@ from sqlalchemy import func, insert, select
 
 from shardgate.agreement import contradictions
 from shardgate.errors import OutcomeUnknown, ShardUnavailable
-from shardgate.handover import ELSEWHERE, OWNED, SlotRow
+from shardgate.handover import CANCELLED, ELSEWHERE, IMPORTING, OWNED, SlotRow
 from shardgate.records import (
     HASH,
     Identity,
@@ -192,19 +192,18 @@ async def _copy_rows(shard: Shard, rows: tuple[SlotRow, ...], own: str) -> None:
 async def insert_rows(
     connection: AsyncConnection, tables: Tables, rows: Sequence[SlotRow], own: str
 ) -> None:
-    """Insert the rows as the shard ``own`` has them: those about others are hints."""
-    await connection.execute(
-        insert(tables.slots),
-        [
-            {
-                "slot": row.slot,
-                "owner": row.owner,
-                "state": OWNED if row.owner == own else ELSEWHERE,
-                "epoch": row.epoch,
-            }
-            for row in rows
-        ],
-    )
+    """Insert the rows as the shard ``own`` has them: those about others are hints.
+
+    Who is about to import a slot, or was, names himself without owning it: all that this tells is
+    who did own it once.
+    """
+    values = []
+    for row in rows:
+        tells = row.state not in (IMPORTING, CANCELLED)
+        owner, epoch = (row.owner, row.epoch) if tells else (row.peer, 0)
+        state = OWNED if owner == own else ELSEWHERE
+        values.append({"slot": row.slot, "owner": owner, "state": state, "epoch": epoch})
+    await connection.execute(insert(tables.slots), values)
 
 
 async def introduce(shard: Shard, identities: Mapping[str, Identity]) -> Identity:
