@@ -13,7 +13,10 @@ from typing import TYPE_CHECKING
 
 from shardgate.errors import (
     Contended,
+    FreezeTooLong,
     KeyspaceNotCreated,
+    MoveBusy,
+    MoveLost,
     OperatorError,
     OutcomeUnknown,
     OwnershipConflict,
@@ -21,10 +24,12 @@ from shardgate.errors import (
     ShardgateError,
     ShardQuarantined,
     ShardUnavailable,
+    StandbysNotSafe,
     TablesMismatch,
     TenantRefused,
     TransientError,
     UsageError,
+    VerificationFailed,
 )
 from shardgate.gateway import Gateway, HealthReport, ShardHealth, Tenant
 from shardgate.listing import SessionPage
@@ -39,12 +44,15 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Contended",
+    "FreezeTooLong",
     "Gateway",
     "GatewaySession",
     "GatewaySettings",
     "HealthReport",
     "KeyspaceNotCreated",
     "KeyspaceSettings",
+    "MoveBusy",
+    "MoveLost",
     "OperatorError",
     "OutcomeUnknown",
     "OwnershipConflict",
@@ -60,11 +68,13 @@ __all__ = [
     "ShardSettings",
     "ShardUnavailable",
     "ShardgateError",
+    "StandbysNotSafe",
     "TablesMismatch",
     "Tenant",
     "TenantRefused",
     "TransientError",
     "UsageError",
+    "VerificationFailed",
     "metadata",
 ]
 

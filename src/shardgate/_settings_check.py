@@ -26,7 +26,7 @@ WANTED = {
     "url": "must be the text of a database URL",
     "engine_kwargs": "must be a table of engine options",
     "schema": "must be the name of a PostgreSQL schema, at most 63 bytes",
-    "weight": "must be a number above 0, such as 1.0",
+    "weight": "must be a number of 0 or more, such as 1.0",
     "keyspace": f"must be the name of a keyspace: {sources.NAME_RULE}",
     "slots": f"must be a power of two from 1 to {MOST_SLOTS}, such as 4096",
     "spread": "must be a whole number from 1 to the keyspace's slots, or be left out",
@@ -39,6 +39,10 @@ WANTED = {
     "create_tables": "must be true or false",
     "coalesce": "must be true or false",
 }
+
+_NO_WEIGHT = (
+    "is 0, and so is that of all other shards of keyspace {keyspace}: one of them must be above 0"
+)
 
 
 def folded(value: object) -> object:
@@ -68,6 +72,7 @@ class Draft:
         self.keyspaces = self._parts(make_keyspace, "keyspaces")
         self._check_shards_exist()
         self._check_keyspaces()
+        self._check_weights()
         self._check_pools()
         self._check_databases_differ()
 
@@ -143,6 +148,12 @@ class Draft:
             self._check_keyspace(("default_keyspace",), default)
         for tenant, keyspace in self.given.tree.get("tenants", {}).items():
             self._check_tenant(("tenants", tenant), tenant, folded(keyspace))
+
+    def _check_weights(self) -> None:
+        for keyspace in self.used:
+            of = [name for name, one in self.shards.items() if one.keyspace == keyspace]
+            if of and not any(self.shards[name].weight for name in of):
+                self.add(("shards", of[0], "weight"), _NO_WEIGHT.format(keyspace=keyspace))
 
     def _check_tenant(self, route: sources.Route, tenant: str, keyspace: object) -> None:
         if not TENANT_ID.fullmatch(tenant):

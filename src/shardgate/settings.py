@@ -64,6 +64,7 @@ KeyspaceName = Annotated[
 ]
 Whole = Annotated[int, BeforeValidator(_number)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), BeforeValidator(_number)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False), BeforeValidator(_number)]
 
 
 def _mistake(text: str) -> PydanticCustomError:
@@ -89,7 +90,11 @@ EngineOptions = Annotated[dict[str, Any], BeforeValidator(_read_options)]
 
 
 class ShardSettings(BaseModel):
-    """One shard: a database, or on PostgreSQL a schema of one."""
+    """One shard: a database, or on PostgreSQL a schema of one.
+
+    ``weight`` is its share of the slots, compared with the others of its keyspace; one of 0 is to
+    have none.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
@@ -98,7 +103,7 @@ class ShardSettings(BaseModel):
     schema_: Annotated[str | None, BeforeValidator(_empty_is_none)] = Field(
         default=None, alias="schema"
     )
-    weight: Positive = 1.0
+    weight: NotNegative = 1.0
     keyspace: KeyspaceName = "main"
 
     @field_validator("url")

@@ -38,6 +38,7 @@ PYDANTIC = {"model_config", "settings_customise_sources"}
 
 API = """
 class Contended(TransientError)
+class FreezeTooLong(TransientError)
 class Gateway
     __init__(settings: GatewaySettings, *, engines: Mapping[str, AsyncEngine] | None = None,
         engine_factory: EngineFactory | None = None) -> None
@@ -92,6 +93,8 @@ class KeyspaceNotCreated(OperatorError)
 class KeyspaceSettings(BaseModel)
     slots: Whole = 4096
     spread: Annotated[Whole | None, BeforeValidator(_empty_is_none)] = None
+class MoveBusy(TransientError)
+class MoveLost(TransientError)
 class OperatorError(ShardgateError)
 class OutcomeUnknown(ShardgateError)
     __init__(message: str, *, shard: str, op_id: str | None = None) -> None
@@ -141,12 +144,13 @@ class ShardSettings(BaseModel)
     url: SecretStr
     engine_kwargs: EngineOptions = {}
     schema: Annotated[str | None, BeforeValidator(_empty_is_none)] = None
-    weight: Positive = 1.0
+    weight: NotNegative = 1.0
     keyspace: KeyspaceName = 'main'
     parsed_url: URL (property)
 class ShardUnavailable(TransientError)
     __init__(message: str, *, shard: str) -> None
 class ShardgateError(Exception)
+class StandbysNotSafe(OperatorError)
 class TablesMismatch(UsageError)
 class Tenant
     __init__(gateway: Gateway, tenant_id: str, keyspace: str) -> None
@@ -159,6 +163,7 @@ class TenantRefused(UsageError)
     __init__(message: str, *, tenant: str) -> None
 class TransientError(ShardgateError)
 class UsageError(ShardgateError, ValueError)
+class VerificationFailed(OperatorError)
 metadata(*, table_prefix: str = 'shardgate_', schema: str | None = None) -> MetaData
 """
 

@@ -198,11 +198,29 @@ def test_a_spread_that_does_not_fit(spread: object) -> None:
 
 @pytest.mark.parametrize("number", [0, -1, "heavy", float("inf"), float("nan"), True])
 def test_numbers_above_zero(number: object) -> None:
-    shards = {"a": {"url": MEMORY, "weight": number}}
-    assert problems(shards=shards, operation_deadline=number, operation_memory=number) == [
-        "shards.a.weight: must be a number above 0, such as 1.0",
+    found = problems(shards=one(a=MEMORY), operation_deadline=number, operation_memory=number)
+    assert found == [
         "operation_deadline: must be a number of seconds above 0, such as 10",
         "operation_memory: must be a number of seconds above 0, such as 86400",
+    ]
+
+
+@pytest.mark.parametrize("weight", [-1, "heavy", float("inf"), float("nan"), True])
+def test_a_weight_is_0_or_more(weight: object) -> None:
+    shards = {"a": {"url": MEMORY, "weight": weight}}
+    wanted = "shards.a.weight: must be a number of 0 or more, such as 1.0"
+    assert problems(shards=shards) == [wanted]
+
+
+def test_a_keyspace_needs_a_shard_with_a_weight() -> None:
+    shards = {
+        "a": {"url": MEMORY},
+        "b": {"url": MEMORY, "weight": 0},
+        "c": {"url": MEMORY, "weight": 0, "keyspace": "eu"},
+    }
+    assert problems(shards=shards) == [
+        "shards.c.weight: is 0, and so is that of all other shards of keyspace eu: one of them "
+        "must be above 0"
     ]
 
 
@@ -430,18 +448,23 @@ def test_a_name_without_value_in_dotenv() -> None:
 
 
 def test_the_line_names_the_source_that_won(monkeypatch: pytest.MonkeyPatch) -> None:
-    Path("c.toml").write_text(f'operation_deadline = 1\n[shards.a]\nurl = "{MEMORY}"\nweight = 0\n')
+    Path("c.toml").write_text(
+        f'operation_deadline = 1\n[shards.a]\nurl = "{MEMORY}"\nweight = -1\n'
+    )
     Path(".env").write_text("SHARDGATE_OPERATION_DEADLINE=soon\n")
     monkeypatch.setenv("SHARDGATE_CONFIG", "c.toml")
     assert problems_around() == [
-        "shards.a.weight (c.toml): must be a number above 0, such as 1.0",
+        "shards.a.weight (c.toml): must be a number of 0 or more, such as 1.0",
         "SHARDGATE_OPERATION_DEADLINE (.env): must be a number of seconds above 0, such as 10",
     ]
 
 
 def test_several_mistakes_come_at_once() -> None:
     found = problems(
-        shards={"a": {"url": "postgresql://h/d", "weight": 0}, "b": {"url": MEMORY, "schema": "x"}},
+        shards={
+            "a": {"url": "postgresql://h/d", "weight": -1},
+            "b": {"url": MEMORY, "schema": "x"},
+        },
         keyspaces={"eu": {"slots": 3}},
         tenants={"acme": "uk"},
         engine_kwargs={"pool_sise": 3},
