@@ -15,12 +15,13 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from sqlalchemy import String, and_, bindparam, delete, insert, literal, or_, select, text, update
+from sqlalchemy import String, and_, bindparam, delete, insert, or_, select, text, update
+from sqlalchemy.dialects import postgresql
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import FunctionElement
 
-from shardgate.sql.purge import OpKey
+from shardgate.sql.purge import OpKey, beyond
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
@@ -189,19 +190,10 @@ def _walk(
     end = span.last if last is None else last[0]
     statement = statement.where(key[0].between(first, end))
     if after is not None:
-        statement = statement.where(_beyond(key, after))
+        statement = statement.where(beyond(key, after))
     if last is not None:
-        statement = statement.where(~_beyond(key, last))
+        statement = statement.where(~beyond(key, last))
     return statement.order_by(*key).limit(limit)
-
-
-def _beyond(columns: Sequence[Column[Any]], values: Sequence[Any]) -> ColumnElement[bool]:
-    """As a comparison of rows, in which MySQL and MariaDB would find no range of the index."""
-    column, *more = columns
-    value = literal(values[0], column.type)
-    if not more:
-        return column > value
-    return or_(column > value, and_(column == value, _beyond(more, values[1:])))
 
 
 @dataclass(frozen=True, slots=True)
@@ -459,8 +451,10 @@ async def read_ops(
 ) -> list[Mapping[str, Any]]:
     """The operations from one key to another one, as columns by name."""
     key = [tables.ops.c[field] for field in OpKey._fields]
-    statement = select(tables.ops).where(key[0].between(first.h, last.h))
-    statement = statement.where(~_below(key, first), ~_beyond(key, last))
+    is_first = and_(*(column == value for column, value in zip(key, first, strict=True)))
+    statement = select(tables.ops).where(
+        key[0].between(first.h, last.h), or_(is_first, beyond(key, first)), ~beyond(key, last)
+    )
     rows = await connection.execute(statement.order_by(*key))
     return [dict(row) for row in rows.mappings()]
 
@@ -502,20 +496,19 @@ async def read_tenants(
 async def put_tenants(
     connection: AsyncConnection, tables: Tables, rows: Sequence[Mapping[str, Any]]
 ) -> None:
-    """Insert those of these tenants that are not known here."""
+    """Insert those of these tenants that are not known here; others may do the same meanwhile."""
     ids = {row["tenant_id"] for row in rows}
     known = {row["tenant_id"] for row in await read_tenants(connection, tables, ids)}
     new = [dict(row) for row in rows if row["tenant_id"] not in known]
     if new:
-        await connection.execute(insert(tables.tenants), new)
+        await connection.execute(_insert_unless_there(connection, tables.tenants), new)
 
 
-def _below(columns: Sequence[Column[Any]], values: Sequence[Any]) -> ColumnElement[bool]:
-    column, *more = columns
-    value = literal(values[0], column.type)
-    if not more:
-        return column < value
-    return or_(column < value, and_(column == value, _below(more, values[1:])))
+def _insert_unless_there(connection: AsyncConnection, table: Table) -> Any:
+    name = connection.dialect.name
+    if name == "postgresql":
+        return postgresql.insert(table).on_conflict_do_nothing()
+    return insert(table).prefix_with("OR IGNORE" if name == "sqlite" else "IGNORE")
 
 
 def _parts(rows: Sequence[T]) -> Iterator[Sequence[T]]:

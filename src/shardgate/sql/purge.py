@@ -116,8 +116,8 @@ async def _purge_by_key(
     for those that are being recorded. The keys are text, as in the hot statements: to compile as
     many parameters would hold up the event loop.
     """
-    columns, values = _compared(tables, after)
-    ordered = select(*columns, is_old).where(_beyond(columns, values)).order_by(*columns)
+    columns, _ = _compared(tables, after)
+    ordered = select(*columns, is_old).where(beyond(columns, after)).order_by(*columns)
     rows = (await connection.execute(ordered.limit(keys))).all()
     last = OpKey(*rows[-1][:-1]) if len(rows) == keys else None
     these = ", ".join(_literal(OpKey(*key)) for *key, old in rows if old)
@@ -139,11 +139,11 @@ def _compared(tables: Tables, key: OpKey) -> tuple[list[Column[Any]], list[Colum
     return columns, [literal(part, own.type) for part, own in zip(key, columns, strict=True)]
 
 
-def _beyond(
-    columns: Sequence[ColumnElement[Any]], values: Sequence[ColumnElement[Any]]
-) -> ColumnElement[bool]:
-    """As a comparison of rows, in which MySQL and MariaDB would find no range of the index."""
-    (column, *more), (value, *rest) = columns, values
+def beyond(columns: Sequence[Column[Any]], key: Sequence[Any]) -> ColumnElement[bool]:
+    """Whether a row comes after this key, column by column: where rows are compared as such, MySQL
+    and MariaDB find no range of the index."""
+    column, *more = columns
+    value = literal(key[0], column.type)
     if not more:
         return column > value
-    return or_(column > value, and_(column == value, _beyond(more, rest)))
+    return or_(column > value, and_(column == value, beyond(more, key[1:])))
