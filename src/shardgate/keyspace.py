@@ -396,10 +396,7 @@ class Keyspace:
 
     def _judge(self, reading: Reading, began: float) -> None:
         """Put the shards that contradict the others in quarantine, and let the others out."""
-        fits = {
-            name: record for name, record in reading.created.items() if name not in reading.wrong
-        }
-        self._memory.take(fits)
+        self._memory.take(reading.right)
         self._inform()
         now = asyncio.get_running_loop().time()
         for name, record in reading.records.items():

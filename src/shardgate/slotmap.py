@@ -44,6 +44,11 @@ class Reading:
         return {name: record for name, record in self.records.items() if record is not None}
 
     @property
+    def right(self) -> dict[str, ShardRecord]:
+        """The records with which nothing is wrong."""
+        return {name: record for name, record in self.created.items() if name not in self.wrong}
+
+    @property
     def usable(self) -> dict[str, ShardRecord]:
         """The records that say something of this keyspace, though it may be old news."""
         return {
@@ -100,6 +105,12 @@ def map_of(plan: Plan, reading: Reading) -> KeyspaceMap:
     )
 
 
+def names_by_uuid(records: Mapping[str, ShardRecord]) -> dict[str, str]:
+    """What to call the shards, by UUID, those too that are only known to others."""
+    names = {uuid: peer.name for record in records.values() for uuid, peer in record.peers.items()}
+    return names | {record.uuid: name for name, record in records.items()}
+
+
 def build_map(plan: Plan, records: Mapping[str, ShardRecord]) -> KeyspaceMap:
     """The map that these records make.
 
@@ -110,8 +121,7 @@ def build_map(plan: Plan, records: Mapping[str, ShardRecord]) -> KeyspaceMap:
     Raises:
         OwnershipConflict: nothing is said of a slot.
     """
-    names = {uuid: peer.name for record in records.values() for uuid, peer in record.peers.items()}
-    names |= {record.uuid: name for name, record in records.items()}
+    names = names_by_uuid(records)
     best: dict[int, _Rank] = {}
     for record in records.values():
         for row in record.rows:

@@ -33,7 +33,7 @@ from shardgate.founding import found, insert_rows, introduce, is_introduced, new
 from shardgate.handover import CLAIMING, ELSEWHERE, OWNED, SlotRow
 from shardgate.records import lock_map, publish, read_identity, read_rows
 from shardgate.settling import together
-from shardgate.slotmap import all_said, conflict, consult, ranges, unserved
+from shardgate.slotmap import all_said, conflict, consult, names_by_uuid, ranges, unserved
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -152,8 +152,7 @@ def _remedy_of_healthy(plan: Plan, reading: Reading, name: str) -> Remedy:
     _refuse_unanswered(plan, reading)
     if problem := unserved(plan, reading.usable).get(name):
         return _remedy(plan, reading, name, problem)
-    right = {one: known for one, known in reading.created.items() if one not in reading.wrong}
-    if is_introduced(name, right):
+    if is_introduced(name, reading.right):
         return Remedy(name, None)
     return Remedy(
         name,
@@ -196,7 +195,7 @@ def _remedy(plan: Plan, reading: Reading, name: str, problem: str) -> Remedy:
     lost = own if record is None else None
     said = all_said(plan, usable.values())
     changes = tuple(_changes(own.shard_uuid, rows, said))
-    names = _names(usable) | {own.shard_uuid: name}
+    names = names_by_uuid(usable) | {own.shard_uuid: name}
     _refuse_unknown(plan, changes, said, {peer.uuid for peer in usable.values()})
     version = max(recorded_version(usable, own.shard_uuid), own.map_version) + _VERSIONS_AHEAD
     steps = (
@@ -210,12 +209,6 @@ def _remedy(plan: Plan, reading: Reading, name: str, problem: str) -> Remedy:
 def _lost_identity(plan: Plan, peers: Mapping[str, ShardRecord], name: str) -> Identity:
     relative = next(iter(peers.values())).identity
     return new_identity(plan, name, relative.keyspace_uuid, known_uuids(peers)[name])
-
-
-def _names(records: Mapping[str, ShardRecord]) -> dict[str, str]:
-    """What to call the shards, by UUID, those too that are only known to others."""
-    names = {uuid: peer.name for record in records.values() for uuid, peer in record.peers.items()}
-    return names | {record.uuid: name for name, record in records.items()}
 
 
 def _refuse_unknown(
