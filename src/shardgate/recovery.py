@@ -8,19 +8,22 @@ safe in any case (see ``handover``); a mover that lives finds that it has lost i
 from __future__ import annotations
 
 import asyncio
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
 from shardgate import handover
-from shardgate.errors import OwnershipConflict, ShardgateError
-from shardgate.handover import DRAINING, Act, Pair, Progress, next_act_of_abort
+from shardgate.errors import Contended, OwnershipConflict, ShardgateError
+from shardgate.handover import DRAINING, OWNED, Act, Pair, Progress, next_act_of_abort
 from shardgate.records import change_row, read_row
+from shardgate.sql.moving import limit_lock_wait
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from sqlalchemy.ext.asyncio import AsyncConnection
 
     from shardgate.handover import SlotRow
     from shardgate.shards import Shard
@@ -29,6 +32,13 @@ POLL_SECONDS = 0.02
 """Between two looks at a slot that is being moved."""
 ORPHANED_SECONDS = 3.0
 """After how long without a step a frozen slot's move is ended by those who wait for it."""
+
+LOCK_SECONDS = 1.0
+"""How long a step waits for statements that use the slot."""
+
+
+class _LockedError(Exception):
+    """A statement has the slot's row locked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,14 +107,31 @@ def after(act: Act, pair: Pair, move_id: str) -> Pair:
 
 
 async def take_step(act: Act, pair: Pair, mine: Progress, ends: Ends) -> Pair | None:
-    """Take a step that changes a row and nothing else; None where that is no longer what it was."""
+    """Take a step that changes a row and nothing else; None where that is no longer what it was.
+
+    Raises:
+        Contended: a statement has the row of a slot that is served locked for long; whoever waits
+            for that, has all others wait on MySQL and MariaDB.
+    """
+    mine.marked |= pair.source.move_id == mine.move_id  # the answer to that may have been lost
     wanted = after(act, pair, mine.move_id)
     at_source = wanted.source != pair.source
     shard = ends.source if at_source else ends.target
     before, row = (pair.source, wanted.source) if at_source else (pair.target, wanted.target)
-    change = partial(change_row, tables=shard.tables, before=before, after=row)
-    if not await shard.transact(change):
-        return None
+
+    async def change(connection: AsyncConnection) -> bool:
+        served = connection.dialect.name in ("mysql", "mariadb") and before.state == OWNED
+        limit = limit_lock_wait(connection, LOCK_SECONDS, _LockedError) if served else nullcontext()
+        async with limit:
+            return await change_row(connection, shard.tables, before, row)
+
+    try:
+        if not await shard.transact(change):
+            return None
+    except _LockedError as error:
+        raise Contended(
+            f"a statement on shard {shard.name!r} has locked slot {ends.slot} for too long"
+        ) from error
     mine.marked |= act is Act.MARK
     mine.claimed |= act is Act.CLAIM
     return wanted

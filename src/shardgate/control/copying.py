@@ -22,6 +22,7 @@ from shardgate.sql.moving import (
     Content,
     Digests,
     SessionKey,
+    Span,
     digest_of,
     put_ops,
     put_sessions,
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
 
     from shardgate.handover import SlotRow
     from shardgate.recovery import Ends
-    from shardgate.sql.moving import Span, Version
+    from shardgate.sql.moving import Version
     from shardgate.sql.purge import OpKey
 
 T = TypeVar("T")
@@ -259,6 +260,7 @@ class Copying:
             read = partial(read_op_keys, span=self.span, after=after, last=last)
             ours: list[OpKey] = await site.read(self._on_target(read))
             missing, extra = sorted(set(theirs) - set(ours)), sorted(set(ours) - set(theirs))
+            await self._admit(site, {key.tenant_id for key in theirs})
             if missing:
                 rows = await self._ask(read_ops, first=missing[0], last=missing[-1])
                 await site.write(partial(put_ops, tables=tables, rows=rows))
@@ -300,19 +302,29 @@ class Copying:
             self.counts.verified += len(ours[key].of)
 
     async def _verify_large(self, key: SessionKey, theirs: Version, ours: Version) -> None:
-        """In portions, so not in one moment: what is missing is found by the last pass."""
-        since = theirs.floor_seq
-        while theirs.incarnation == ours.incarnation:
+        """In portions, so not in one moment: what one has and the other has not is a failure if
+        both are, after that, what they were before it, and the same."""
+        since: int | None = theirs.floor_seq
+        differs = False
+        while since is not None and theirs.incarnation == ours.incarnation:
             read = partial(read_digests_from, key=key, since=since, limit=MOST_ITEMS)
             expected = await self._ask(read)
             found = await self.ends.target.query(self._on_target(read))
+            since = max(expected) + 1 if len(expected) == MOST_ITEMS else None
+            if since is not None:
+                found = {seq: digest for seq, digest in found.items() if seq < since}
             common = expected.keys() & found.keys()
             if any(expected[seq] != found[seq] for seq in common):
                 raise self._failure(key)
+            differs |= expected.keys() != found.keys()
             self.counts.verified += len(common)
-            if len(found) < MOST_ITEMS:
-                return
-            since = max(found) + 1
+        if differs and theirs == ours == await self._version(key):
+            raise self._failure(key)
+
+    async def _version(self, key: SessionKey) -> Version | None:
+        """How far a session is on the source by now."""
+        one = Span(key.h, key.h)
+        return (await self._ask(read_versions, span=one)).get(key)
 
     def _failure(self, key: SessionKey) -> VerificationFailed:
         return VerificationFailed(
