@@ -39,7 +39,7 @@ from shardgate.records import ADMITTED, admit, owned_slots, standing, testify
 from shardgate.recovery import wait_for_move
 from shardgate.router import route
 from shardgate.settling import together
-from shardgate.shards import UNANSWERED, Quarantine, ask_all
+from shardgate.shards import UNANSWERED, OutdatedError, Quarantine, ask_all
 from shardgate.slotmap import conflict, consult, map_of, not_named, unnamed_owners
 from shardgate.slots import from_signed, slot_of, tenant_slots
 from shardgate.sql.dialect import Guard, Key
@@ -478,7 +478,11 @@ class Keyspace:
         return said
 
     def _contradiction(self, shard: Shard, admission: Admission) -> Contradiction | None:
-        """What is wrong with what a shard has said on a connection, by all that is known of it."""
+        """What is wrong with what a shard has said on a connection, by all that is known of it.
+
+        Raises:
+            OutdatedError: it is behind what has been learnt since it was asked.
+        """
         known = self._memory.uuids.get(shard.name)
         if known is None:
             return None
@@ -488,6 +492,9 @@ class Keyspace:
             return Contradiction(other_shard(shard.name, admission.shard_uuid, known))
         seen = self._memory.versions.get(known, 0)
         if admission.map_version < seen:
+            if admission.expected < seen:
+                self._inform()
+                raise OutdatedError
             return Contradiction(older_copy(shard.name, admission.map_version, seen), reads=True)
         return None
 

@@ -11,7 +11,7 @@ import asyncio
 import random
 from contextlib import asynccontextmanager, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -121,6 +121,10 @@ class UnverifiedError(ShardgateError):
         self.admission = admission
         self.connection = connection
         super().__init__("the server has not been verified")
+
+
+class OutdatedError(Exception):
+    """More has been learnt of a shard since a connection to it was asked: it is asked again."""
 
 
 class Appends:
@@ -694,7 +698,8 @@ class Shard(Database):
         uuid: which shard it is, as far as is known.
         map_version: how far its slot map has come at least.
         verify: looks at what a connection has said; puts the shard in quarantine if it contradicts
-            its peers, and returns that. None: any server will do.
+            its peers, and returns that; raises OutdatedError where it has to be asked again. None:
+            any server will do.
     """
 
     def __init__(
@@ -826,6 +831,10 @@ class Shard(Database):
         if attempt.began > self._looked:
             self._server = None
 
+    async def _ask_connection(self, connection: PoolProxiedConnection) -> Admission:
+        expected = self.map_version
+        return replace(await super()._ask_connection(connection), expected=expected)
+
     def _is_verified(self, admission: Admission, info: dict[Any, Any], attempt: Attempt) -> bool:
         if self.verify is None or attempt.about_the_shard:
             return True
@@ -865,7 +874,10 @@ class Shard(Database):
         await asyncio.wait([look])
         if look.cancelled():
             raise ShardUnavailable(f"shard {self.name!r} has been closed", shard=self.name)
-        verdict = look.result()
+        try:
+            verdict = look.result()
+        except OutdatedError:
+            return  # without a mark, the connection is asked again
         mark = unknown.connection[self._mark] = Mark(admission, verdict)
         if verdict is not None:
             self._condemned = mark

@@ -147,12 +147,16 @@ class Server:
 class Admission:
     """What a new connection was asked before it is used: which server it leads to, which shard
     that says it is, how far its slot map has come, and whether a statement by itself runs at READ
-    COMMITTED. The stand-alone class and a shard that was not created yet have no UUID."""
+    COMMITTED. The stand-alone class and a shard that was not created yet have no UUID.
+
+    ``expected``: how far its slot map had come by what was known when it was asked. A slot may have
+    moved since, so what is learnt later does not contradict the answer."""
 
     server: Server
     read_committed: bool = True
     shard_uuid: str | None = None
     map_version: int = 0
+    expected: int = 0
 
     def is_same(self, other: Admission) -> bool:
         """Whether both tell of the same run of the same server, and the same of the shard."""
