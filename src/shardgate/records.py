@@ -237,6 +237,16 @@ async def row_age(shard: Shard, slot: int) -> float | None:
     return await shard.query(act)
 
 
+async def read_ages(connection: AsyncConnection, tables: Tables) -> dict[int, float | None]:
+    """For how many seconds, by the shard's own clock, nobody has touched the row of each slot."""
+    slots = tables.slots
+    rows = await connection.execute(select(slots.c.slot, slots.c.changed_at, utc_now()))
+    return {
+        slot: None if changed_at is None else float((now - changed_at).total_seconds())
+        for slot, changed_at, now in rows
+    }
+
+
 async def _publish(
     connection: AsyncConnection, *, tables: Tables, identities: Mapping[str, Identity]
 ) -> None:

@@ -6,7 +6,6 @@ settings are wrong.
 
 from __future__ import annotations
 
-import asyncio
 import json
 import sys
 from dataclasses import asdict
@@ -15,23 +14,25 @@ from importlib import metadata
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from sqlalchemy.dialects import mysql, postgresql, sqlite
 from sqlalchemy.dialects.mysql import mariadb
 
 from shardgate.agreement import Plan
+from shardgate.cli.balancing import drain, rebalance
+from shardgate.cli.console import AsJson, errors, output, print_json, print_lines, with_gateway
+from shardgate.cli.moves import moves
+from shardgate.cli.shards import shards
 from shardgate.control import reconcile
 from shardgate.errors import ShardgateError, UsageError
-from shardgate.gateway import Gateway, HealthReport
-from shardgate.settings import GatewaySettings
 from shardgate.slotmap import conflict
 from shardgate.sql.schema import TableNames, build_tables, ddl
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterator
 
     from shardgate.control.reconcile import Remedy
+    from shardgate.gateway import Gateway, HealthReport
     from shardgate.shards import Shard
 
 app = typer.Typer(
@@ -40,8 +41,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-output = Console()
-errors = Console(stderr=True)
 
 
 @app.callback()
@@ -52,9 +51,6 @@ def main(
     if version:
         sys.stdout.write(f"shardgate {metadata.version('shardgate')}\n")
         raise typer.Exit
-
-
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
 
 class DialectName(StrEnum):
@@ -103,7 +99,7 @@ def create_tables() -> None:
             shards = ", ".join(sorted(gateway.settings.shards_of(keyspace)))
             output.print(f"keyspace {keyspace}: ready on {shards}", highlight=False)
 
-    _with_gateway(act)
+    with_gateway(act)
 
 
 @app.command("check")
@@ -113,11 +109,11 @@ def check(as_json: AsJson = False) -> None:
     async def act(gateway: Gateway) -> HealthReport:
         return await gateway.check()
 
-    report = _with_gateway(act)
+    report = with_gateway(act)
     if as_json:
         shards = {name: asdict(shard) for name, shard in report.shards.items()}
         known = {"ok": report.ok, "shards": shards, "problems": report.problems}
-        sys.stdout.write(json.dumps(known, indent=2) + "\n")
+        print_json(known)
     else:
         output.print(_health_table(report))
         for problem in report.problems:
@@ -138,7 +134,7 @@ def print_route(
         await gateway.open()
         return gateway.route(tenant, session, keyspace=keyspace)
 
-    route = asdict(_with_gateway(act))
+    route = asdict(with_gateway(act))
     if as_json:
         sys.stdout.write(json.dumps(route) + "\n")
         return
@@ -154,7 +150,7 @@ def purge_operations() -> None:
         for name, removed in (await gateway.purge_operations()).items():
             output.print(f"shard {name}: {removed} removed", highlight=False, markup=False)
 
-    _with_gateway(act)
+    with_gateway(act)
 
 
 @app.command("reconcile")
@@ -178,22 +174,28 @@ def reconcile_shard(
         plan, shards = _keyspace_of(gateway, shard)
         remedy = await reconcile.examine(plan, shards, shard)
         if not as_json:
-            _print_lines(_explained(remedy, applies=apply))
+            print_lines(_explained(remedy, applies=apply))
         if expect not in (None, remedy.digest):
             raise conflict(plan, f"what is to be done is not what {expect} stood for; look again")
         if apply and remedy.steps:
             await reconcile.apply(plan, shards, remedy, accept_loss=accept_loss)
         return remedy, apply and bool(remedy.steps)
 
-    remedy, done = _with_gateway(act)
+    remedy, done = with_gateway(act)
     if as_json:
-        known = {"shard": shard, "problem": remedy.problem, "steps": remedy.steps}
+        known: dict[str, Any] = {"shard": shard, "problem": remedy.problem, "steps": remedy.steps}
         known |= {"notes": remedy.notes, "loses": remedy.loses}
         known |= {"digest": remedy.digest, "done": done}
-        sys.stdout.write(json.dumps(known, indent=2) + "\n")
+        print_json(known)
     elif done:
-        _print_lines(["done"])
+        print_lines(["done"])
     raise typer.Exit(0 if remedy.problem is None or done else 1)
+
+
+app.command("shards")(shards)
+app.command("rebalance")(rebalance)
+app.command("drain")(drain)
+app.command("moves")(moves)
 
 
 def _keyspace_of(gateway: Gateway, shard: str) -> tuple[Plan, dict[str, Shard]]:
@@ -205,11 +207,6 @@ def _keyspace_of(gateway: Gateway, shard: str) -> tuple[Plan, dict[str, Shard]]:
     keyspace = settings.shards[shard].keyspace
     shards = {name: gateway.shards[name] for name in settings.shards_of(keyspace)}
     return Plan.of(settings, keyspace), shards
-
-
-def _print_lines(lines: Iterable[str]) -> None:
-    for line in lines:
-        output.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _explained(remedy: Remedy, *, applies: bool) -> Iterator[str]:
@@ -242,17 +239,6 @@ def _health_table(report: HealthReport) -> Table:
         state = "ok" if shard.ok else str(shard.error)
         table.add_row(name, shard.keyspace, state, shard.server or "", latency, slots)
     return table
-
-
-def _with_gateway(act: Callable[[Gateway], Awaitable[Any]]) -> Any:
-    async def run_it() -> Any:
-        gateway = Gateway(GatewaySettings())
-        try:
-            return await act(gateway)
-        finally:
-            await gateway.aclose()
-
-    return asyncio.run(run_it())
 
 
 def run() -> None:

@@ -18,7 +18,14 @@ from shardgate.control.copying import MOST_ITEMS, OPS_PAGE, PAGE, batches, is_la
 from shardgate.control.standbys import wait_for_standbys
 from shardgate.errors import OwnershipConflict, ShardgateError
 from shardgate.handover import CANCELLED, CLAIMING, DRAINING, IMPORTING, OWNED, RELEASED
-from shardgate.records import RowChangedError, change_row, hold_row, read_row, read_rows, row_age
+from shardgate.records import (
+    RowChangedError,
+    change_row,
+    hold_row,
+    read_ages,
+    read_row,
+    read_rows,
+)
 from shardgate.recovery import Ends, look
 from shardgate.settling import together
 from shardgate.slots import slot_range
@@ -39,6 +46,7 @@ if TYPE_CHECKING:
     from shardgate.agreement import Plan
     from shardgate.handover import Pair, SlotRow
     from shardgate.shards import Shard
+    from shardgate.sql.schema import Tables
 
 GRACE_SECONDS = 3600.0
 """For how long a source keeps what it has released, where nothing else is said."""
@@ -71,19 +79,26 @@ async def find_unfinished(shards: Mapping[str, Shard]) -> list[Unfinished]:
     Raises:
         ShardUnavailable: a shard does not answer.
     """
-    names = {shard.uuid: name for name, shard in shards.items()}
-    found = await together(_unfinished(shard, names) for shard in shards.values())
+    found = await together(find_unfinished_on(shard, shards) for shard in shards.values())
     return [one for part in found for one in part]
 
 
-async def _unfinished(shard: Shard, names: Mapping[str | None, str]) -> list[Unfinished]:
-    rows = await shard.query(partial(read_rows, tables=shard.tables))
+async def find_unfinished_on(shard: Shard, shards: Mapping[str, Shard]) -> list[Unfinished]:
+    """What moves have left, or have not come to yet, on one of the shards; ShardUnavailable."""
+    names: dict[str | None, str] = {one.uuid: name for name, one in shards.items()}
+    rows, ages = await shard.query(partial(_read_with_ages, tables=shard.tables))
     return [
-        Unfinished(shard.name, row, await row_age(shard, row.slot), names.get(row.peer))
+        Unfinished(shard.name, row, ages[row.slot], names.get(row.peer))
         for row in rows
         if row.state in (DRAINING, IMPORTING, RELEASED, CANCELLED)
         or (row.state == OWNED and row.move_id is not None)
     ]
+
+
+async def _read_with_ages(
+    connection: AsyncConnection, tables: Tables
+) -> tuple[tuple[SlotRow, ...], dict[int, float | None]]:
+    return await read_rows(connection, tables), await read_ages(connection, tables)
 
 
 async def remove_remains(

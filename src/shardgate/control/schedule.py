@@ -44,7 +44,8 @@ async def carry_out(
 ) -> Outcome:
     """Make the moves, in their order, ``at_once`` at a time.
 
-    Cancelled, it has those that are under way step back, and what was moved stays moved.
+    Cancelled, it has those that are under way step back, and what was moved stays moved. That takes
+    as long as a shard that does not answer is waited for.
 
     Args:
         mover: who makes them; its limits are for all of them together.
@@ -53,6 +54,10 @@ async def carry_out(
         takes_over: also where somebody else was at it a moment ago.
     """
     waiting, outcome, failures = deque(moves), Outcome(), 0
+
+    def cancelled() -> bool:
+        task = asyncio.current_task()
+        return task is not None and task.cancelling() > 0
 
     async def work() -> None:
         nonlocal failures
@@ -63,6 +68,8 @@ async def carry_out(
             except ShardgateError as error:
                 outcome.failed[move.slot] = error
                 failures += 1
+                if cancelled():  # and it could not even step back
+                    raise asyncio.CancelledError from error
             else:
                 outcome.moved.append(made)
                 failures = 0
