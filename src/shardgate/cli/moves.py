@@ -249,7 +249,9 @@ def _end(
     if as_json:
         print_json({"moved": moved, "ended": done.ended, "failed": failed, "left": left})
     else:
-        print_lines((f"slot {slot}: {error}" for slot, error in failed.items()), style="red")
+        print_lines(
+            (f"slot {slot}: not done: {error}" for slot, error in failed.items()), style="red"
+        )
         print_lines(f"slot {slot}: moved" for slot in moved)
         print_lines(f"slot {slot}: its move has ended" for slot in done.ended)
         print_lines(f"slot {slot}: not tried" for slot in left)

@@ -10,19 +10,24 @@ from time import monotonic
 from typing import TYPE_CHECKING
 
 from shardgate.cli.amounts import count
-from shardgate.cli.console import errors, output, print_lines
+from shardgate.cli.console import errors, output
 from shardgate.cli.keyspaces import read_map, shards_of
 from shardgate.cli.progress import Watch
 from shardgate.control.load import measure
 from shardgate.control.moves import Mover
 from shardgate.control.pending import Resumed, pending_moves, resume
 from shardgate.control.rebalance import Load, PlannedMove
-from shardgate.control.remains import find_unfinished
+from shardgate.control.remains import find_unfinished, find_unfinished_on
 from shardgate.control.schedule import Outcome, carry_out
 from shardgate.errors import ShardgateError
+from shardgate.handover import DRAINING
+from shardgate.shards import ask_all
+from shardgate.slotmap import consult, map_of
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+
+    from rich.console import Console
 
     from shardgate.agreement import Plan
     from shardgate.control.moves import Limits, MoveEvent
@@ -55,7 +60,11 @@ class Order:
 
 @dataclass(slots=True)
 class Report:
-    """What has come of it. ``half_way``: slots whose moves could not even step back."""
+    """What has come of it.
+
+    ``otherwise``: how many slots somebody else has moved there meanwhile. ``frozen``: the slots
+    that nobody serves, since their moves could not even step back.
+    """
 
     order: Order
     plan: MovePlan | None = None
@@ -64,9 +73,19 @@ class Report:
     moved: list[MoveEvent] = field(default_factory=list)
     failed: dict[int, ShardgateError] = field(default_factory=dict)
     left: list[PlannedMove] = field(default_factory=list)
-    half_way: list[int] = field(default_factory=list)
+    otherwise: int = 0
+    frozen: list[int] = field(default_factory=list)
     stopped: bool = False
     seconds: float = 0.0
+
+    @property
+    def console(self) -> Console:
+        """Where progress is shown: programs get nothing but JSON from the other one."""
+        return errors if self.order.as_json else output
+
+    def say(self, line: str) -> None:
+        """Tell what is being done."""
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     @property
     def ok(self) -> bool:
@@ -105,27 +124,22 @@ async def _plan(shards: Mapping[str, Shard], order: Order) -> MovePlan:
 
 async def _go_on(shards: Mapping[str, Shard], report: Report) -> bool:
     """Go on with moves that somebody has left half-way; whether there is nothing in the way."""
+    order = report.order
     pending = pending_moves(await find_unfinished(shards))
     report.busy = [move for move in pending if not move.is_stuck]
     if report.busy or not pending:
         return not report.busy
-    if not report.order.as_json:
-        print_lines(
-            [f"going on with {count(len(pending), 'move')} that somebody has left half-way"]
-        )
-    watch = Watch(errors if report.order.as_json else output, [_as_planned(one) for one in pending])
-    mover = _mover(shards, report.order, watch)
+    report.say(f"going on with {count(len(pending), 'move')} that somebody has left half-way")
+    watch = Watch(report.console, [_as_planned(move) for move in pending])
 
-    async def act() -> None:
-        order = report.order
+    async def act() -> Outcome:
         report.resumed = await resume(
-            mover, pending, unwanted=order.unwanted, at_once=order.at_once
+            _mover(shards, order, watch), pending, unwanted=order.unwanted, at_once=order.at_once
         )
+        return report.resumed.outcome
 
-    report.stopped = not await _unless_stopped(watch, act)
-    report.moved += watch.moved
-    report.failed |= report.resumed.outcome.failed
-    report.left += report.resumed.outcome.left
+    wanted = [_as_planned(move) for move in pending if move.target not in order.unwanted]
+    await _watched(shards, report, watch, wanted, act)
     return not (report.stopped or report.failed or report.left)
 
 
@@ -134,39 +148,46 @@ def _as_planned(move: PendingMove) -> PlannedMove:
 
 
 async def _make_moves(shards: Mapping[str, Shard], report: Report, plan: MovePlan) -> None:
-    order, outcome = report.order, Outcome()
-    if not order.as_json:
-        print_lines([f"moving {count(len(plan.moves), 'slot')}, {order.at_once} at a time"])
-    watch = Watch(errors if order.as_json else output, plan.moves)
-    mover = _mover(shards, order, watch)
+    order = report.order
+    report.say(f"moving {count(len(plan.moves), 'slot')}, {order.at_once} at a time")
+    watch = Watch(report.console, plan.moves)
 
-    async def act() -> None:
-        nonlocal outcome
-        outcome = await carry_out(mover, plan.moves, at_once=order.at_once)
+    async def act() -> Outcome:
+        mover = _mover(shards, order, watch)
+        return await carry_out(mover, plan.moves, at_once=order.at_once)
 
-    report.stopped = not await _unless_stopped(watch, act)
+    await _watched(shards, report, watch, plan.moves, act)
+
+
+async def _watched(
+    shards: Mapping[str, Shard],
+    report: Report,
+    watch: Watch,
+    moves: Sequence[PlannedMove],
+    act: Callable[[], Awaitable[Outcome]],
+) -> None:
+    """Show how ``act`` makes the moves, and report what has come of them.
+
+    Stopped, it returns as well: what was under way has stepped back then.
+    """
+    outcome = Outcome()
+    try:
+        async with watch.shown():
+            outcome = await act()
+    except asyncio.CancelledError:
+        report.stopped = True
+        task = asyncio.current_task()
+        if task is not None:
+            task.uncancel()
     report.moved += watch.moved
     report.failed |= outcome.failed
-    report.left += outcome.left
-    if report.stopped:
-        await _see_what_is_left(shards, report, plan)
+    if report.stopped or not outcome.ok:
+        made = {event.slot for event in watch.moved}
+        await _see_what_is_left(shards, report, [one for one in moves if one.slot not in made])
 
 
 def _mover(shards: Mapping[str, Shard], order: Order, watch: Watch) -> Mover:
     return Mover(order.plan, shards, limits=order.limits, observe=watch.see)
-
-
-async def _unless_stopped(watch: Watch, act: Callable[[], Awaitable[None]]) -> bool:
-    """Whether it was done, and nobody has stopped it: then what was under way has stepped back."""
-    try:
-        async with watch.shown():
-            await act()
-    except asyncio.CancelledError:
-        task = asyncio.current_task()
-        if task is not None:
-            task.uncancel()
-        return False
-    return True
 
 
 @contextmanager
@@ -183,14 +204,19 @@ def _told_to_stop() -> Iterator[None]:
             loop.remove_signal_handler(signal.SIGTERM)
 
 
-async def _see_what_is_left(shards: Mapping[str, Shard], report: Report, plan: MovePlan) -> None:
-    """Ask the shards: a move that was decided when it was stopped was finished."""
-    left = {move.slot: move for move in plan.moves}
-    for event in report.moved:
-        left.pop(event.slot, None)
+async def _see_what_is_left(
+    shards: Mapping[str, Shard], report: Report, moves: Sequence[PlannedMove]
+) -> None:
+    """Ask the shards: somebody else may have made a move, or one that was decided was finished."""
+    plan, left = report.order.plan, {move.slot: move for move in moves}
     with suppress(ShardgateError):
-        known = await read_map(report.order.plan, shards)
+        known = map_of(plan, await consult(plan, shards))
         left = {slot: move for slot, move in left.items() if known.owner(slot) != move.target}
-        pending = pending_moves(await find_unfinished(shards))
-        report.half_way = [move.slot for move in pending if move.slot in left]
-    report.left = list(left.values())
+    report.otherwise += len(moves) - len(left)
+    report.failed = {slot: error for slot, error in report.failed.items() if slot in left}
+    report.left += [move for slot, move in left.items() if slot not in report.failed]
+    found, _ = await ask_all(
+        {name: find_unfinished_on(shard, shards) for name, shard in shards.items()}
+    )
+    rows = [one.row for part in found.values() for one in part]
+    report.frozen = sorted({row.slot for row in rows if row.state == DRAINING and row.slot in left})

@@ -85,9 +85,10 @@ def _problems(report: Report) -> Iterator[str]:
     for name in report.plan.unreachable if report.plan is not None else ():
         yield f"shard {name} owns slots, and the settings do not name it: add it"
     for slot, error in report.failed.items():
-        yield f"slot {slot}: {error}"
-    for slot in report.half_way:
-        yield f"slot {slot} was left half-way, as a shard did not answer"
+        told = str(error)
+        yield told if f"slot {slot} " in told else f"slot {slot}: {told}"
+    for slot in report.frozen:
+        yield f"slot {slot} is served by nobody, until its move is gone on with or ended"
 
 
 def _told(report: Report) -> Iterator[str]:
@@ -99,9 +100,11 @@ def _told(report: Report) -> Iterator[str]:
         yield f"{count(len(report.resumed.ended), 'move')} to a shard that is to be empty ended"
     if (report.order.applies and report.plan is not None and report.plan.moves) or report.moved:
         yield ", ".join(_sums(report))
+    if report.otherwise:
+        yield f"{count(report.otherwise, 'slot')} moved by somebody else meanwhile"
     if report.stopped or report.left or report.failed:
         left = len(report.left) + len(report.failed)
-        what = f"{count(left, 'slot')} left to move" if left else "stopped before it had begun"
+        what = f"{count(left, 'slot')} left to move" if left else "stopped"
         yield f"{what}: run the same command again to go on"
 
 
@@ -146,7 +149,8 @@ def _outcome_json(report: Report) -> dict[str, Any]:
         "moved": [_event_json(event) for event in report.moved],
         "failed": {str(slot): str(error) for slot, error in report.failed.items()},
         "left": [move.slot for move in report.left],
-        "half_way": report.half_way,
+        "moved_otherwise": report.otherwise,
+        "unserved": report.frozen,
         "stopped": report.stopped,
         "items": sum(event.items for event in report.moved),
         "bytes": sum(event.nbytes for event in report.moved),

@@ -1,7 +1,8 @@
 """``make demo``: three tenants on four SQLite shards, with the real Runner and a scripted model.
 
 Two processes, one after the other, hold the same conversations: what the second one's model is
-given came out of the shards. Run it again, and the conversations go on from there.
+given came out of the shards. Then a fifth shard is added, while further conversations go on. Run it
+again, and the conversations go on from there.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from agents import Agent, RunConfig, Runner
 
 from shardgate.gateway import Gateway
 from shardgate.settings import GatewaySettings
+from shardgate.testing.growth import ADDED, FILE, FOLDER, TALKS, grow, grown, show, take_back
 from shardgate.testing.model import ScriptedModel, said_by_user
 
 CONFIG = Path("config/demo.toml")
-FOLDER = Path(".demo")
 
 CONVERSATIONS = {
     ("acme", "chat-1"): ("My name is Ada.", "What is my name?"),
@@ -72,11 +73,6 @@ async def show_placement(gateway: Gateway) -> None:
         show(f"  {tenant_id:10} {said_by_user(items)}")
 
 
-def show(line: str) -> None:
-    """Print at once, so that two processes' lines come in order."""
-    print(line, flush=True)
-
-
 async def main(settings: GatewaySettings, turn: int) -> None:
     """Hold one turn; the last one also shows where everything is."""
     async with Gateway(settings) as gateway:
@@ -86,20 +82,28 @@ async def main(settings: GatewaySettings, turn: int) -> None:
 
 
 def run() -> None:
-    """The first turn here, the second in a process of its own."""
+    """The first turn here, the second in a process of its own; then a shard is added."""
     if not CONFIG.exists():
         sys.exit(f"the demo reads {CONFIG}: run it in the project's folder, with 'make demo'")
-    settings = GatewaySettings.from_dict(tomllib.loads(CONFIG.read_text()))
+    values = tomllib.loads(CONFIG.read_text())
+    settings = GatewaySettings.from_dict(values)
     if sys.argv[1:] == ["second"]:
         asyncio.run(main(settings, 1))
         return
     FOLDER.mkdir(exist_ok=True)
+    if FILE.exists():
+        show(f"The shard {ADDED} is there from the last time. It is drained, to be added again.")
+        if not take_back(grown(values)):
+            sys.exit(f"the shard {ADDED} could not be drained")
+        show("")
     show("First process: each tenant says something.")
     asyncio.run(main(settings, 0))
     show("\nSecond process: the conversations go on.")
     second = [sys.executable, "-m", "shardgate.testing.demo", "second"]
     if subprocess.run(second, check=False).returncode != 0:  # noqa: S603 - this same program
         sys.exit("the second process failed")
+    show(f"\nA fifth shard, {ADDED}, is added while {len(TALKS)} further conversations go on.")
+    asyncio.run(grow(grown(values)))
     show(f"\nThe shards are the files in {FOLDER}/. Run 'make demo' again: it goes on from there.")
 
 
