@@ -18,8 +18,8 @@ Only ``owned`` and ``draining`` claim the slot, and only ``owned`` serves it. Th
 
 Three rules make it safe whoever else is at it:
 
-- Who wants to change anything first sets the source's mark (``move_id``) to one of his own, and a
-  mark claims the target once at most. So of several, all but the last have lost their mark.
+- Who wants to change anything first sets the source's mark (``move_id``) to one of his own, once,
+  and a mark claims the target once at most. So of several, all but the last have lost their mark.
 - Whoever has claimed the target looks at the source again (the fence and the barrier do) before he
   decides. So a claim that came after somebody else's cancelling never decides.
 - An abort cancels on the target before it reopens the source.
@@ -29,6 +29,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from enum import Enum
+from uuid import NAMESPACE_OID, uuid5
 
 OWNED, DRAINING, RELEASED = "owned", "draining", "released"
 IMPORTING, CANCELLED, ELSEWHERE = "importing", "cancelled", "elsewhere"
@@ -188,27 +189,49 @@ class Act(Enum):
 class Progress:
     """What one who moves a slot remembers: all of it is lost with him, and nothing depends on it.
 
-    ``claimed``: his mark has claimed the target. ``copied``: the target was level with the source,
-    and verified. ``passed``: the barrier was passed after the claim.
+    ``asked``: he was told to set his mark. ``marked``: the source has had it. ``claimed``: his mark
+    has claimed the target. ``copied``: the target was level with the source, and verified.
+    ``passed``: the barrier was passed after the claim.
     """
 
     move_id: str
+    asked: bool = False
     marked: bool = False
     claimed: bool = False
     copied: bool = False
     passed: bool = False
 
+    def see(self, pair: Pair) -> None:
+        """Remember the mark and the claim where they are seen: the answers may have been lost."""
+        self.marked |= pair.source.move_id == self.move_id
+        claimed = pair.target.state == IMPORTING and pair.target.move_id == self.move_id
+        self.claimed |= claimed
+
+    def ask(self) -> Act:
+        """Set the mark, with another one each time: what became of the last request is not known.
+
+        If a mark were set twice, the source's row would be once more what it was the first time,
+        and requests that were made then, and arrive late, would count.
+        """
+        if self.marked:
+            return Act.LOST
+        if self.asked:
+            self.move_id = str(uuid5(NAMESPACE_OID, self.move_id))
+        self.asked = True
+        return Act.MARK
+
 
 def next_act(pair: Pair, mine: Progress) -> Act:
-    """What he who moves the slot does next."""
+    """What he who moves the slot does next; he remembers what he sees, and may get a new mark."""
+    mine.see(pair)
     if pair.is_decided:
         return Act.DONE if pair.source.state == RELEASED else Act.RELEASE
     if pair.target.state in CLAIMING or not (pair.is_served or pair.is_fenced):
         return Act.LOST
     if pair.source.move_id != mine.move_id:
-        return Act.LOST if mine.marked or mine.passed else Act.MARK
+        return mine.ask()
     if pair.target.state != IMPORTING or pair.target.move_id != mine.move_id:
-        return Act.LOST if mine.claimed or mine.passed else Act.CLAIM
+        return Act.LOST if mine.claimed else Act.CLAIM
     if not mine.copied:
         return Act.COPY
     if pair.source.state == OWNED:
@@ -217,14 +240,18 @@ def next_act(pair: Pair, mine: Progress) -> Act:
 
 
 def next_act_of_abort(pair: Pair, mine: Progress) -> Act:
-    """What he who ends the move does next: a decided one is finished, any other undone."""
+    """What he who ends the move does next: a decided one is finished, any other undone.
+
+    He remembers what he sees, and may get a new mark.
+    """
+    mine.see(pair)
     if pair.is_decided:
         return Act.DONE if pair.source.state == RELEASED else Act.RELEASE
     if pair.is_undone and pair.source.move_id is None:
         return Act.DONE
     if pair.target.state in CLAIMING or not (pair.is_served or pair.is_fenced):
         return Act.LOST
-    cancelled = pair.target.state == CANCELLED and pair.target.move_id == mine.move_id
     if pair.source.move_id != mine.move_id:
-        return Act.LOST if mine.marked or cancelled else Act.MARK
+        return mine.ask()
+    cancelled = pair.target.state == CANCELLED and pair.target.move_id == mine.move_id
     return Act.REOPEN if cancelled else Act.CANCEL
