@@ -227,6 +227,12 @@ class Keyspace:
                     "answers, or by two",
                     keyspace=self.plan.keyspace,
                 )
+            frozen = min(
+                (slot for slot in wanted - claims.keys() if known.owner(slot) not in down),
+                default=None,
+            )
+            if frozen is not None:
+                await self._wait_for_move(known.owner(frozen), frozen, give_up - clock())
             await asyncio.sleep(_POLL)
             await self._read()
 
@@ -283,7 +289,7 @@ class Keyspace:
             await self._admit(self.shards[where.shard], said, tenant_id)
             return
         if row is not None and row.owner == own and row.state == DRAINING:
-            row = await self._wait_for_move(where, seconds)
+            row = await self._wait_for_move(where.shard, where.slot, seconds)
             if row.owner == own:
                 return
         if row is None or not self._follow(known, where, row):
@@ -299,23 +305,23 @@ class Keyspace:
                 tenant=tenant_id,
             )
 
-    async def _wait_for_move(self, where: Route, seconds: float) -> SlotRow:
+    async def _wait_for_move(self, name: str, slot: int, seconds: float) -> SlotRow:
         """Wait until a slot that is being moved is served again: one looks, for all who wait."""
-        shard = self.shards[where.shard]
-        watch = self._watches.get((where.shard, where.slot))
+        shard = self.shards[name]
+        watch = self._watches.get((name, slot))
         if watch is None:
             by_uuid = {one.uuid: one for one in self.shards.values() if one.uuid is not None}
-            watch = shard.in_background(wait_for_move(shard, where.slot, by_uuid))
-            self._watches[where.shard, where.slot] = watch
-            watch.add_done_callback(lambda _: self._watches.pop((where.shard, where.slot)))
+            watch = shard.in_background(wait_for_move(shard, slot, by_uuid))
+            self._watches[name, slot] = watch
+            watch.add_done_callback(lambda _: self._watches.pop((name, slot)))
         await asyncio.wait([watch], timeout=max(seconds, 0))
         if watch.cancelled():
             raise UsageError("the gateway has been closed")
         if not watch.done():
             raise ShardUnavailable(
-                f"slot {where.slot} of keyspace {self.plan.keyspace!r} is being moved from shard "
-                f"{where.shard!r}, and was not served again in time",
-                shard=where.shard,
+                f"slot {slot} of keyspace {self.plan.keyspace!r} is being moved from shard "
+                f"{name!r}, and was not served again in time",
+                shard=name,
             )
         return watch.result()
 
