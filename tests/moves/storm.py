@@ -20,7 +20,7 @@ from harness.processes import Child, Children
 from harness.proxy import CuttingProxy
 from moves.clients import CLIENTS, SLOTS, clear_up, listed, settings_of
 from moves.history import End, Op, Recorder, load, problems, recorder
-from shardgate import Gateway
+from shardgate import Gateway, OperatorError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -29,8 +29,12 @@ PROCESSES, MOVERS = 4, 2
 POLL = 0.1
 JOINS = "d"
 """The shard that is created while the others are at work, and drained before the end."""
-GRACE = 90
+GRACE = 180
 """Seconds that processes have to end after the moment at which they are to."""
+FOR_AN_OPERATOR = tuple(
+    f"{error.__name__}(" for error in (OperatorError, *OperatorError.__subclasses__())
+)
+"""How errors begin that nobody is to get while all shards are what they are taken for."""
 USE, MOVE = "moves.clients:use_sessions", "moves.clients:move_slots"
 
 
@@ -145,12 +149,7 @@ class Storm:
 
     def _lines(self) -> list[dict[str, Any]]:
         """What the movers have noted."""
-        return [
-            json.loads(line)
-            for path in sorted(self.folder.glob("m*"))
-            for line in path.read_text().splitlines(keepends=True)
-            if line.endswith("\n")
-        ]
+        return [line for path in sorted(self.folder.glob("m*")) for line in _lines_of(path)]
 
     async def _keep_using(self, number: int, child: Child, *, kills: bool) -> None:
         """A process of clients; half-way it may be killed, and another one comes in its place."""
@@ -179,13 +178,20 @@ class Storm:
         while True:
             argument = self._argument(f"m{number}-{run}", proxied=run % 2 == 1)
             await child.go(argument)
-            life = self._random.uniform(1, 8)
-            if self.broken is not None or await self._over_within(life):
+            if self.broken is not None or not await self._has_lived(self.folder / argument["name"]):
                 await child.result()
                 return
             await child.end()
             self._kills["movers"] += 1
             child, run = await self._children.start(MOVE), run + 1
+
+    async def _has_lived(self, path: Path) -> bool:
+        """Wait until a mover has done a few things, and a bit; False if all is over before."""
+        few = self._random.randint(1, 8)
+        while not await self._over_within(POLL):
+            if len(_lines_of(path)) >= few:
+                return not await self._over_within(self._random.uniform(0, 0.5))
+        return False
 
     async def _over_within(self, seconds: float) -> bool:
         until = time.monotonic() + seconds
@@ -258,6 +264,7 @@ class Storm:
         ops = load(self._files)
         lines = self._lines()
         wrong = [line["error"] for line in lines if line.get("wrong")]
+        wrong += [str(op) + op.error for op in ops if op.error.startswith(FOR_AN_OPERATOR)]
         return Report(
             problems=[*found, *wrong, *problems(ops)],
             operations=Counter(f"{op.kind} {op.end.value}" for op in ops),
@@ -265,6 +272,11 @@ class Storm:
             moves=self._kills + Counter(map(_outcome_of, lines)),
             freezes=[line["frozen"] for line in lines if line.get("frozen") is not None],
         )
+
+
+def _lines_of(path: Path) -> list[dict[str, Any]]:
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
 def _kind_of(op: Op) -> str:

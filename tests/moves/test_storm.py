@@ -21,7 +21,11 @@ if TYPE_CHECKING:
     from conftest import MakeDatabases
     from harness.servers import Backend
 
-pytestmark = [pytest.mark.processes, pytest.mark.backends("postgresql-18")]
+pytestmark = [
+    pytest.mark.processes,
+    pytest.mark.backends("postgresql-18"),
+    pytest.mark.timeout(400),  # on a machine that is busy with other things
+]
 
 SECONDS = float(os.environ.get("SECONDS", "600"))
 
