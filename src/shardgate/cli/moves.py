@@ -205,7 +205,7 @@ def _table(rows: Iterable[Mapping[str, Any]]) -> Table:
 def _advice(survey: Survey) -> Iterator[str]:
     if survey.stuck:
         yield (
-            f"{count(len(survey.stuck), 'move')} of keyspace {survey.keyspace} stuck: "
+            f"{count(len(survey.stuck), 'move')} stuck in keyspace {survey.keyspace}: "
             "'shardgate moves --finish stuck' goes on, 'shardgate moves --cancel stuck' undoes"
         )
 
