@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.pool import AssertionPool, SingletonThreadPool, StaticPool
-from sqlalchemy.util import greenlet_spawn
 
+from shardgate import greenlets
 from shardgate.coalescing import ALONE, Lane, Ticket
 from shardgate.engines import state_of
 from shardgate.errors import (
@@ -130,14 +130,7 @@ class Appends:
 
     @staticmethod
     async def one(dialect: Dialect, append: Append, connection: Any) -> Outcome:
-        return await dialect.append(
-            connection,
-            append.key,
-            append.guard,
-            append.operation,
-            append.items,
-            append.incarnation,
-        )
+        return await dialect.append(connection, append)
 
     @staticmethod
     async def many(
@@ -158,8 +151,7 @@ class TailReads:
 
     @staticmethod
     async def one(dialect: Dialect, read: TailRead, connection: Any) -> list[str] | None:
-        rows = await dialect.tail(connection, read.key, read.guard, read.limit)
-        return None if rows is None else [row.data for row in rows]
+        return await dialect.tail(connection, read)
 
     @staticmethod
     async def many(
@@ -240,15 +232,15 @@ class Database:
 
     async def read(self, action: Callable[[Any], Awaitable[T]]) -> T:
         """Run ``action`` on a driver's connection; it must not change anything."""
-        return await self._run(partial(self._once, action), Attempt(writes=False), writes=False)
+        return await self._run(partial(self._once, action), Attempt(writes=False))
 
     async def write(self, action: Callable[[Any], Awaitable[T]]) -> T:
         """Run ``action`` on a driver's connection; it takes effect whole or not at all."""
-        return await self._settled(partial(self._alone, action))
+        return await self._settled(partial(self._alone, action), Attempt())
 
     async def append(self, append: Append) -> Outcome:
         """As :meth:`write`; sent together with others, where it would have to wait."""
-        return await self._settled(partial(self._gathered, Appends, append))
+        return await self._settled(partial(self._gathered, Appends, append), Attempt())
 
     async def tail(self, read: TailRead) -> list[str] | None:
         """As :meth:`read`, the newest rows, newest first; together with others likewise.
@@ -257,7 +249,7 @@ class Database:
         """
         short = read.limit is not None and read.limit <= LONGEST_TAIL
         once = partial(self._gathered if short else self._single, TailReads, read)
-        return await self._run(once, Attempt(writes=False), writes=False)
+        return await self._run(once, Attempt(writes=False))
 
     async def _gathered(self, kind: Any, load: J, attempt: Attempt) -> Any:
         """Send one operation: at once if a seat is free, else with those who wait for one too.
@@ -333,11 +325,11 @@ class Database:
 
     async def transact(self, action: Callable[[AsyncConnection], Awaitable[T]]) -> T:
         """Run ``action`` in a transaction of several statements that locks before it reads."""
-        return await self._settled(partial(self._transaction, action))
+        return await self._settled(partial(self._transaction, action), Attempt())
 
     async def query(self, action: Callable[[AsyncConnection], Awaitable[T]]) -> T:
         """Run ``action``, which only reads, on a SQLAlchemy connection."""
-        return await self._settled(partial(self._query, action), writes=False)
+        return await self._settled(partial(self._query, action), Attempt(writes=False))
 
     async def _query(
         self, action: Callable[[AsyncConnection], Awaitable[T]], attempt: Attempt
@@ -359,7 +351,7 @@ class Database:
         if names in self.state.verified:
             return
         prepare = partial(self._prepare, names, create=create)
-        await self._settled(prepare, attempt=Attempt(about_the_shard=True))
+        await self._settled(prepare, Attempt(about_the_shard=True))
 
     async def _prepare(
         self, names: tuple[str | None, TableNames], attempt: Attempt, *, create: bool
@@ -376,18 +368,11 @@ class Database:
             if create or await verify_tables(self.engine, self.tables):
                 self.state.verified.add(names)
 
-    async def _settled(
-        self,
-        once: Callable[[Attempt], Awaitable[T]],
-        *,
-        writes: bool = True,
-        attempt: Attempt | None = None,
-    ) -> T:
+    async def _settled(self, once: Callable[[Attempt], Awaitable[T]], attempt: Attempt) -> T:
         """Run an operation; from when it is sent, a cancelled caller waits for its outcome."""
-        attempt = attempt or Attempt(writes=writes)
         return await settle(
-            self._run(once, attempt, writes=writes),
-            grace=CANCELLED_SECONDS if writes else 0,
+            self._run(once, attempt),
+            grace=CANCELLED_SECONDS if attempt.writes else 0,
             begun=lambda: attempt.sent or attempt.lost,
         )
 
@@ -396,7 +381,6 @@ class Database:
         once: Callable[[Attempt], Awaitable[T]],
         attempt: Attempt,
         *,
-        writes: bool,
         outage: float | None = None,
     ) -> T:
         """The one place where an operation is tried again, within bounds."""
@@ -409,7 +393,7 @@ class Database:
                     try:
                         answer = await once(attempt)
                     except UnverifiedError as unknown:
-                        if await self._verified(unknown, patience, writes=writes):
+                        if await self._verified(unknown, patience, attempt):
                             continue
                     except (DBAPIError, OSError) as error:
                         self._take(error, attempt, patience)
@@ -422,27 +406,27 @@ class Database:
             if not foreseen and (attempt.sent or isinstance(error, ShardgateError)):
                 raise
             lost = attempt.lost or (attempt.sent and isinstance(error, TimeoutError))
-            self._fail(error, sent=attempt.sent, unknown=lost and writes)
+            self._fail(error, sent=attempt.sent, unknown=lost and attempt.writes)
         finally:
-            if attempt.lost and writes:
+            if attempt.lost and attempt.writes:
                 self._note_unanswered()
 
     def _note_unanswered(self) -> None:
         """Note that a write was sent without an answer, whatever has come of the attempts after."""
 
     async def _verified(
-        self, unknown: UnverifiedError, patience: Patience, *, writes: bool
+        self, unknown: UnverifiedError, patience: Patience, attempt: Attempt
     ) -> bool:
         """Whether a server may be used; False where it went away before that was found out."""
         try:
-            await self._verify(unknown, writes=writes)
+            await self._verify(unknown, attempt)
         except ShardUnavailable:
             if not patience.with_outage(self.state.answered):
                 raise
             return False
         return True
 
-    async def _verify(self, unknown: UnverifiedError, *, writes: bool) -> None:
+    async def _verify(self, unknown: UnverifiedError, attempt: Attempt) -> None:
         """Find out whether a server may be used."""
 
     def _take(self, error: DBAPIError | OSError, attempt: Attempt, patience: Patience) -> None:
@@ -499,8 +483,31 @@ class Database:
             return await self._once(action, attempt)
 
     async def _once(self, action: Callable[[Any], Awaitable[T]], attempt: Attempt) -> T:
-        async with self._only_user(), self._checked_out() as connection:
-            return await self._act(action, connection, attempt)
+        if not isinstance(self.engine.sync_engine.pool, _SINGLE_CONNECTION):
+            return await self._connected(action, attempt)
+        async with self._only_user():
+            return await self._connected(action, attempt)
+
+    async def _connected(self, action: Callable[[Any], Awaitable[T]], attempt: Attempt) -> T:
+        """Run ``action`` on a connection of the pool's."""
+        pool = self.engine.sync_engine.pool
+        connection = await self._check_out()
+        try:
+            answer = await self._act(action, connection, attempt)
+        except Exception as error:
+            translated = self.dialect.translate(error, connection.dbapi_connection)
+            await self._give_back(connection, translated)
+            if translated is error:
+                raise
+            raise translated from error
+        except BaseException:
+            await self._give_up(connection)
+            raise
+        if self.engine.sync_engine.pool is pool:
+            await greenlets.run(connection.close)
+        else:
+            connection.invalidate()  # the engine was closed meanwhile, its pool with it
+        return answer
 
     async def _act(
         self,
@@ -512,7 +519,7 @@ class Database:
         if self.dialect.in_transaction(driver):
             # A listener of the pool has left one open; what it has set in it is to stay.
             adapted: Any = connection.dbapi_connection
-            await greenlet_spawn(adapted.commit)
+            await greenlets.run(adapted.commit)
         admission = await self._admit(connection, attempt)
         if admission.read_committed:
             attempt.sent = True
@@ -559,30 +566,9 @@ class Database:
         """Whether the connection may be used without a look at what it leads to."""
         return True
 
-    @asynccontextmanager
-    async def _checked_out(self) -> AsyncIterator[PoolProxiedConnection]:
-        pool = self.engine.sync_engine.pool
-        connection = await self._check_out()
-        try:
-            yield connection
-        except Exception as error:
-            translated = self.dialect.translate(error, connection.dbapi_connection)
-            await self._give_back(connection, translated)
-            if translated is error:
-                raise
-            raise translated from error
-        except BaseException:
-            await self._give_up(connection)
-            raise
-        else:
-            if self.engine.sync_engine.pool is not pool:
-                connection.invalidate()  # the engine was closed meanwhile, its pool with it
-            else:
-                await greenlet_spawn(connection.close)
-
     async def _check_out(self) -> PoolProxiedConnection:
         try:
-            return await self.engine.raw_connection()
+            return await greenlets.run(self.engine.sync_engine.raw_connection)
         except self.dialect.sqlalchemy_dialect.loaded_dbapi.Error as error:
             raise self.dialect.wrap(error, None) from error
 
@@ -605,7 +591,7 @@ class Database:
             if not isinstance(failure, Exception):
                 raise
         else:
-            await greenlet_spawn(connection.close)
+            await greenlets.run(connection.close)
 
     async def _give_up(self, connection: PoolProxiedConnection) -> None:
         """After a cancellation, nobody knows what the driver was doing: close it hard.
@@ -614,7 +600,7 @@ class Database:
         close an in-memory database would be to lose it.
         """
         if self.dialect.one_thread:
-            await greenlet_spawn(connection.close)
+            await greenlets.run(connection.close)
         else:
             connection.invalidate()
 
@@ -735,14 +721,14 @@ class Shard(Database):
         self, action: Callable[[AsyncConnection], Awaitable[T]]
     ) -> tuple[T, Server | None]:
         """As :meth:`ask`, with the server that has answered."""
-        attempt = Attempt(about_the_shard=True)
+        attempt = Attempt(writes=False, about_the_shard=True)
         once = partial(self._query, action)
-        return await self._settled(once, writes=False, attempt=attempt), attempt.server
+        return await self._settled(once, attempt), attempt.server
 
     async def tell(self, action: Callable[[AsyncConnection], Awaitable[T]]) -> T:
         """As :meth:`transact`, whatever answers there: to make it what it is to be."""
         attempt = Attempt(about_the_shard=True)
-        return await self._settled(partial(self._transaction, action), attempt=attempt)
+        return await self._settled(partial(self._transaction, action), attempt)
 
     def judge(self, quarantine: Quarantine | None, server: Server | None, *, began: float) -> None:
         """Take what was found out about the shard on a server, by a look that ``began`` then.
@@ -780,14 +766,13 @@ class Shard(Database):
         once: Callable[[Attempt], Awaitable[T]],
         attempt: Attempt,
         *,
-        writes: bool,
         outage: float | None = None,
     ) -> T:
         """Run an operation; while the shard is down, fail at once, but for one probe at a time."""
         if not attempt.about_the_shard:
-            self.refuse(writes=writes)
+            self.refuse(writes=attempt.writes)
         if self._outage is None:
-            return await self._listen(super()._run(once, attempt, writes=writes, outage=outage))
+            return await self._listen(super()._run(once, attempt, outage=outage))
         if self._outage.probed:
             raise ShardUnavailable(
                 f"shard {self.name!r} is down: another operation is asking whether it is back, and "
@@ -795,7 +780,7 @@ class Shard(Database):
                 shard=self.name,
             )
         with self._outage.probe():
-            return await self._listen(super()._run(once, attempt, writes=writes, outage=0))
+            return await self._listen(super()._run(once, attempt, outage=0))
 
     def refuse(self, *, writes: bool) -> None:
         """Raise ShardQuarantined where the shard must not be used, or not be written to."""
@@ -849,7 +834,7 @@ class Shard(Database):
         self._refuse(verdict, writes=attempt.writes)
         return True
 
-    async def _verify(self, unknown: UnverifiedError, *, writes: bool) -> None:
+    async def _verify(self, unknown: UnverifiedError, attempt: Attempt) -> None:
         """Have a connection's server looked at, once for all who have met it.
 
         The look goes on when its callers' time is up: else it might never come to an end. What it
@@ -869,8 +854,8 @@ class Shard(Database):
         mark = unknown.connection[self._mark] = Mark(admission, verdict)
         if verdict is not None:
             self._condemned = mark
-            self._refuse(verdict, writes=writes)
-        self.refuse(writes=writes)
+            self._refuse(verdict, writes=attempt.writes)
+        self.refuse(writes=attempt.writes)
 
     async def _listen(self, operation: Awaitable[T]) -> T:
         """Note whether the shard has answered, be it with an error of its own."""
