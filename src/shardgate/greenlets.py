@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-class Clerk(greenlet):
+class Clerk(greenlet):  # type: ignore[misc]  # greenlet has no types
     """A greenlet that makes one call after the other.
 
     It is switched to with a call, and switches back with itself once that is done. Before that, it
@@ -40,7 +40,7 @@ class Clerk(greenlet):
             except BaseException as error:  # noqa: BLE001 - it is raised where the call is wanted
                 self.error = error
             del call  # it would keep a connection from being collected
-            call = cast("greenlet", self.parent).switch(self)
+            call = self.parent.switch(self)
 
     def hand_over(self) -> Any:
         """What has become of the call; nothing of it is kept."""

@@ -11,8 +11,8 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
+from secrets import token_hex
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
-from uuid import uuid4
 
 from shardgate.engines import close_shared_engine, shared_engine
 from shardgate.errors import OutcomeUnknown, UsageError
@@ -372,7 +372,7 @@ class SQLAlchemySession(StoredSession):
 
 
 def _operation(kind: Literal["append", "pop", "clear", "replace", "delete"]) -> Operation:
-    return Operation(uuid4().hex, kind)
+    return Operation(token_hex(16), kind)
 
 
 def _append_operation(idempotency_key: object, data: list[str]) -> Operation:

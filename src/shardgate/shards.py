@@ -31,7 +31,7 @@ from shardgate.errors import (
     ShardUnavailable,
     TransientError,
 )
-from shardgate.settling import settle
+from shardgate.settling import Underway, settle
 from shardgate.sql.create import create_tables, transaction, verify_tables
 from shardgate.sql.dialect import Append, TailRead
 
@@ -79,7 +79,7 @@ UNANSWERED: ContextVar[list[str] | None] = ContextVar("UNANSWERED", default=None
 write, was sent without an answer (the shard's name): whatever happens after that, it may have taken
 effect."""
 
-SEATS = 1
+SEATS = 2
 """Statements of a kind that are under way before what comes next is gathered."""
 LONGEST_TAIL = 100
 """Rows of a reading that is sent together with others."""
@@ -88,20 +88,20 @@ LONGEST_TAIL = 100
 class Attempt:
     """How far an operation has come.
 
-    ``sent``: the attempt under way has reached the driver. ``lost``: an attempt that was sent has
-    not been answered, so it may have taken effect. ``began``: when the attempt under way began, by
-    the event loop's clock. ``about_the_shard``: it asks what a shard is, or tells it, so it does
-    not depend on the answer. ``server`` is the one that the attempt has led to. ``alone``: it was
-    sent with others, and has to be sent by itself.
+    ``started``: when it began, ``began``: when the attempt under way did, by the event loop's
+    clock. ``sent``: the attempt under way has reached the driver. ``lost``: an attempt that was
+    sent has not been answered, so it may have taken effect. ``about_the_shard``: it asks what a
+    shard is, or tells it, so it does not depend on the answer. ``server`` is the one that the
+    attempt has led to. ``alone``: it was sent with others, and has to be sent by itself.
     """
 
-    __slots__ = ("about_the_shard", "alone", "began", "lost", "sent", "server", "writes")
+    __slots__ = ("about_the_shard", "alone", "began", "lost", "sent", "server", "started", "writes")
 
     def __init__(self, *, writes: bool = True, about_the_shard: bool = False) -> None:
         self.writes = writes
         self.sent = False
         self.lost = False
-        self.began = 0.0
+        self.started = self.began = asyncio.get_running_loop().time()
         self.about_the_shard = about_the_shard
         self.server: Server | None = None
         self.alone = False
@@ -165,12 +165,25 @@ class TailReads:
         return sum(sum(map(len, rows or ())) for rows in answers) // len(answers)
 
 
+class Line:
+    """How many of an event loop's operations wait for a connection of a pool.
+
+    SQLAlchemy's pool gives what is returned to whoever asks first, and wakes in vain who has
+    waited: a caller who has the next operation at hand would keep his connection from all others.
+    """
+
+    __slots__ = ("waiting",)
+
+    def __init__(self) -> None:
+        self.waiting = 0
+
+
 class Patience:
     """How long an operation is tried again, and how long it waits before it is."""
 
-    def __init__(self, seconds: float, *, outage: float) -> None:
+    def __init__(self, give_up: float, *, outage: float) -> None:
         self._clock = asyncio.get_running_loop().time
-        self._give_up = self._clock() + seconds
+        self._give_up = give_up
         self._outage = outage
         self._outage_began: float | None = None
         self._next = _FIRST_PAUSE
@@ -232,15 +245,15 @@ class Database:
 
     async def read(self, action: Callable[[Any], Awaitable[T]]) -> T:
         """Run ``action`` on a driver's connection; it must not change anything."""
-        return await self._run(partial(self._once, action), Attempt(writes=False))
+        return await self._at_once(partial(self._once, action), Attempt(writes=False))
 
     async def write(self, action: Callable[[Any], Awaitable[T]]) -> T:
         """Run ``action`` on a driver's connection; it takes effect whole or not at all."""
-        return await self._settled(partial(self._alone, action), Attempt())
+        return await self._at_once(partial(self._alone, action), Attempt())
 
     async def append(self, append: Append) -> Outcome:
         """As :meth:`write`; sent together with others, where it would have to wait."""
-        return await self._settled(partial(self._gathered, Appends, append), Attempt())
+        return await self._at_once(partial(self._gathered, Appends, append), Attempt())
 
     async def tail(self, read: TailRead) -> list[str] | None:
         """As :meth:`read`, the newest rows, newest first; together with others likewise.
@@ -249,7 +262,7 @@ class Database:
         """
         short = read.limit is not None and read.limit <= LONGEST_TAIL
         once = partial(self._gathered if short else self._single, TailReads, read)
-        return await self._run(once, Attempt(writes=False))
+        return await self._at_once(once, Attempt(writes=False))
 
     async def _gathered(self, kind: Any, load: J, attempt: Attempt) -> Any:
         """Send one operation: at once if a seat is free, else with those who wait for one too.
@@ -261,7 +274,7 @@ class Database:
         if not gathers or attempt.lost or attempt.alone:
             return await self._single(kind, load, attempt)
         lane = self._lane(kind)
-        seat = lane.take_seat()
+        seat = lane.take_seat(load)
         if seat is not None:
             try:
                 return await self._single(kind, load, attempt)
@@ -368,10 +381,45 @@ class Database:
             if create or await verify_tables(self.engine, self.tables):
                 self.state.verified.add(names)
 
-    async def _settled(self, once: Callable[[Attempt], Awaitable[T]], attempt: Attempt) -> T:
+    async def _at_once(
+        self, once: Callable[[Attempt], Coroutine[Any, Any, T]], attempt: Attempt
+    ) -> T:
+        """Run an operation on a driver's connection: its first attempt in the caller's own task.
+
+        Whatever is wrong with that is left to :meth:`_run`.
+        """
+        if not self._serves(attempt):
+            return await self._settled(once, attempt)
+        give_up = None if self.deadline is None else attempt.started + self.deadline
+        try:
+            answer = await Underway(
+                once(attempt),
+                holds=lambda: attempt.writes and attempt.sent,
+                grace=CANCELLED_SECONDS,
+                give_up=give_up,
+            )
+        except Exception as error:  # noqa: BLE001 - _run sees to it
+            return await self._settled(once, attempt, failed=error)
+        self._has_answered()
+        return answer
+
+    def _serves(self, attempt: Attempt) -> bool:
+        """Whether nothing is known that speaks against an attempt."""
+        return True
+
+    def _has_answered(self) -> None:
+        self.state.answered = asyncio.get_running_loop().time()
+
+    async def _settled(
+        self,
+        once: Callable[[Attempt], Awaitable[T]],
+        attempt: Attempt,
+        *,
+        failed: Exception | None = None,
+    ) -> T:
         """Run an operation; from when it is sent, a cancelled caller waits for its outcome."""
         return await settle(
-            self._run(once, attempt),
+            self._run(once, attempt, failed=failed),
             grace=CANCELLED_SECONDS if attempt.writes else 0,
             begun=lambda: attempt.sent or attempt.lost,
         )
@@ -381,16 +429,25 @@ class Database:
         once: Callable[[Attempt], Awaitable[T]],
         attempt: Attempt,
         *,
+        failed: Exception | None = None,
         outage: float | None = None,
     ) -> T:
-        """The one place where an operation is tried again, within bounds."""
+        """The one place where an operation is tried again, within bounds.
+
+        ``failed``: what the first attempt has failed with, if it has been made.
+        """
         ridden_over = self.outage if outage is None else outage
-        patience = Patience(self.deadline or CONTENTION_SECONDS, outage=ridden_over)
+        deadline = None if self.deadline is None else attempt.started + self.deadline
+        give_up = deadline or attempt.started + CONTENTION_SECONDS
+        patience = Patience(give_up, outage=ridden_over)
         try:
-            async with asyncio.timeout(self.deadline):
+            async with asyncio.timeout_at(deadline):
                 while True:
-                    attempt.began = asyncio.get_running_loop().time()
                     try:
+                        if failed is not None:
+                            before, failed = failed, None
+                            raise before
+                        attempt.began = asyncio.get_running_loop().time()
                         answer = await once(attempt)
                     except UnverifiedError as unknown:
                         if await self._verified(unknown, patience, attempt):
@@ -398,7 +455,7 @@ class Database:
                     except (DBAPIError, OSError) as error:
                         self._take(error, attempt, patience)
                     else:
-                        self.state.answered = asyncio.get_running_loop().time()
+                        self._has_answered()
                         return answer
                     await patience.pause()
         except Exception as error:
@@ -567,10 +624,16 @@ class Database:
         return True
 
     async def _check_out(self) -> PoolProxiedConnection:
+        line = self.state.own("line", Line)
+        if line.waiting:
+            await asyncio.sleep(0)  # what was just returned is for whoever has waited for it
+        line.waiting += 1
         try:
             return await greenlets.run(self.engine.sync_engine.raw_connection)
         except self.dialect.sqlalchemy_dialect.loaded_dbapi.Error as error:
             raise self.dialect.wrap(error, None) from error
+        finally:
+            line.waiting -= 1
 
     async def _give_back(self, connection: PoolProxiedConnection, error: Exception) -> None:
         """After an error: roll back and return the connection, or drop it if it is lost."""
@@ -766,13 +829,15 @@ class Shard(Database):
         once: Callable[[Attempt], Awaitable[T]],
         attempt: Attempt,
         *,
+        failed: Exception | None = None,
         outage: float | None = None,
     ) -> T:
         """Run an operation; while the shard is down, fail at once, but for one probe at a time."""
-        if not attempt.about_the_shard:
-            self.refuse(writes=attempt.writes)
-        if self._outage is None:
-            return await self._listen(super()._run(once, attempt, outage=outage))
+        if failed is not None:
+            return await self._listen(attempt, super()._run(once, attempt, failed=failed))
+        if self._serves(attempt):
+            return await self._listen(attempt, super()._run(once, attempt, outage=outage))
+        assert self._outage is not None, "else it serves"  # noqa: S101 - for mypy
         if self._outage.probed:
             raise ShardUnavailable(
                 f"shard {self.name!r} is down: another operation is asking whether it is back, and "
@@ -780,7 +845,17 @@ class Shard(Database):
                 shard=self.name,
             )
         with self._outage.probe():
-            return await self._listen(super()._run(once, attempt, outage=0))
+            return await self._listen(attempt, super()._run(once, attempt, outage=0))
+
+    def _serves(self, attempt: Attempt) -> bool:
+        """Whether the shard is not known to be down; raises ShardQuarantined where it refuses."""
+        if not attempt.about_the_shard:
+            self.refuse(writes=attempt.writes)
+        return self._outage is None
+
+    def _has_answered(self) -> None:
+        super()._has_answered()
+        self._outage = None
 
     def refuse(self, *, writes: bool) -> None:
         """Raise ShardQuarantined where the shard must not be used, or not be written to."""
@@ -857,21 +932,17 @@ class Shard(Database):
             self._refuse(verdict, writes=attempt.writes)
         self.refuse(writes=attempt.writes)
 
-    async def _listen(self, operation: Awaitable[T]) -> T:
+    async def _listen(self, attempt: Attempt, operation: Awaitable[T]) -> T:
         """Note whether the shard has answered, be it with an error of its own."""
-        clock = asyncio.get_running_loop().time
-        began = clock()
         try:
-            answer = await operation
+            return await operation
         except (ShardUnavailable, OutcomeUnknown):
-            if self.state.answered < began:  # nobody else has had an answer meanwhile either
+            if self.state.answered < attempt.started:  # nobody has had an answer meanwhile
                 self._outage = self._outage or Outage()
             raise
         except Exception:
-            self.state.answered, self._outage = clock(), None
+            self._has_answered()
             raise
-        self._outage = None
-        return answer
 
     def _fail(self, error: Exception, *, sent: bool, unknown: bool) -> NoReturn:
         if isinstance(error, TimeoutError):

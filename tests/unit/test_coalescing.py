@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 class Load:
     identity: str
     weight: int = 1
+    turn: str | None = None
 
 
 @dataclass
@@ -78,9 +79,9 @@ def queue(lane: Lane[Load, str], sender: Sender, *names: str) -> list[Ticket[Loa
 async def test_whoever_finds_a_seat_goes_at_once_and_the_others_together(
     lane: Lane[Load, str], sender: Sender
 ) -> None:
-    seat = lane.take_seat()
+    seat = lane.take_seat(Load("somebody"))
     assert seat is not None
-    assert lane.take_seat() is None
+    assert lane.take_seat(Load("somebody")) is None
     tickets = queue(lane, sender, "a", "b", "c")
     await turn()
     assert sender.sent == []
@@ -94,7 +95,7 @@ async def test_whoever_finds_a_seat_goes_at_once_and_the_others_together(
 
 async def test_a_statement_is_bounded(lane: Lane[Load, str], sender: Sender) -> None:
     sender.arrive.set()
-    seat = lane.take_seat()
+    seat = lane.take_seat(Load("somebody"))
     assert seat is not None
     many = [str(number) for number in range(MOST_TOGETHER + 1)]
     tickets = queue(lane, sender, *many)
@@ -109,7 +110,7 @@ async def test_a_statement_is_bounded(lane: Lane[Load, str], sender: Sender) -> 
 async def test_answers_are_bounded_as_well(lane: Lane[Load, str], sender: Sender) -> None:
     sender.arrive.set()
     lane.answer_bytes = MOST_BYTES // 2 - 1
-    seat = lane.take_seat()
+    seat = lane.take_seat(Load("somebody"))
     assert seat is not None
     tickets = queue(lane, sender, "a", "b", "c")
     lane.give_back(seat)
@@ -121,7 +122,7 @@ async def test_the_same_identity_twice_is_not_in_one_statement(
     lane: Lane[Load, str], sender: Sender
 ) -> None:
     sender.arrive.set()
-    seat = lane.take_seat()
+    seat = lane.take_seat(Load("somebody"))
     assert seat is not None
     tickets = queue(lane, sender, "a", "b", "a", "c")
     lane.give_back(seat)
@@ -133,7 +134,7 @@ async def test_who_gives_up_while_waiting_is_not_sent(
     lane: Lane[Load, str], sender: Sender
 ) -> None:
     sender.arrive.set()
-    seat = lane.take_seat()
+    seat = lane.take_seat(Load("somebody"))
     assert seat is not None
     first, second = queue(lane, sender, "a", "b")
     first.outcome.cancel()
@@ -147,7 +148,7 @@ async def test_who_gives_up_while_waiting_is_not_sent(
 async def test_where_all_have_given_up_the_seat_is_free(
     lane: Lane[Load, str], sender: Sender
 ) -> None:
-    seat = lane.take_seat()
+    seat = lane.take_seat(Load("somebody"))
     assert seat is not None
     for ticket in queue(lane, sender, "a", "b"):
         ticket.outcome.cancel()
@@ -159,7 +160,7 @@ async def test_where_all_have_given_up_the_seat_is_free(
 async def test_a_flight_goes_on_for_those_who_still_wait(
     lane: Lane[Load, str], sender: Sender
 ) -> None:
-    seat = lane.take_seat()
+    seat = lane.take_seat(Load("somebody"))
     assert seat is not None
     first, second = queue(lane, sender, "a", "b")
     lane.give_back(seat)
@@ -172,7 +173,7 @@ async def test_a_flight_goes_on_for_those_who_still_wait(
 
 
 async def test_a_flight_that_all_have_left_is_ended(lane: Lane[Load, str], sender: Sender) -> None:
-    seat = lane.take_seat()
+    seat = lane.take_seat(Load("somebody"))
     assert seat is not None
     passengers = queue(lane, sender, "a", "b")
     lane.give_back(seat)
@@ -194,7 +195,7 @@ async def test_an_error_is_everybodys_and_the_next_are_sent(
 ) -> None:
     sender.error = OSError("cut")
     sender.arrive.set()
-    seat = lane.take_seat()
+    seat = lane.take_seat(Load("somebody"))
     assert seat is not None
     tickets = queue(lane, sender, "a", "b")
     lane.give_back(seat)
@@ -208,7 +209,7 @@ async def test_an_error_is_everybodys_and_the_next_are_sent(
 async def test_a_flight_cancelled_from_outside_is_an_error_to_its_passengers(
     lane: Lane[Load, str], sender: Sender
 ) -> None:
-    seat = lane.take_seat()
+    seat = lane.take_seat(Load("somebody"))
     assert seat is not None
     (ticket,) = queue(lane, sender, "a")
     lane.give_back(seat)
@@ -225,14 +226,14 @@ async def test_a_seat_that_does_not_come_back_is_given_to_those_who_wait(
 ) -> None:
     monkeypatch.setattr(coalescing, "OVERDUE_SECONDS", 0.001)
     sender.arrive.set()
-    held = lane.take_seat()
+    held = lane.take_seat(Load("somebody"))
     assert held is not None
     (first,) = queue(lane, sender, "a")
     assert await asyncio.wait_for(first.outcome, 10) == "a"
     await turn()
-    assert lane.take_seat() is not None
+    assert lane.take_seat(Load("somebody")) is not None
     lane.give_back(held)  # it has been given away: nothing is free by it
-    assert lane.take_seat() is None
+    assert lane.take_seat(Load("somebody")) is None
 
 
 async def test_what_has_to_go_alone_is_said_so(lane: Lane[Load, str], sender: Sender) -> None:

@@ -88,6 +88,11 @@ class Append:
         """Two that may be the same one must not be in one statement."""
         return self.operation.op_id
 
+    @property
+    def turn(self) -> int:
+        """Those of one session keep their order."""
+        return self.key.h
+
 
 @dataclass(frozen=True, slots=True)
 class TailRead:
@@ -98,6 +103,7 @@ class TailRead:
     limit: int | None
 
     weight: ClassVar[int] = 0
+    turn: ClassVar[None] = None
 
     @property
     def identity(self) -> int:
