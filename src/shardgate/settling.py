@@ -71,6 +71,7 @@ class Underway(Generic[T]):
         "_late",
         "_left",
         "_loop",
+        "_message",
         "_operation",
         "_timers",
         "_waits_for",
@@ -92,6 +93,7 @@ class Underway(Generic[T]):
         self._timers: list[asyncio.TimerHandle] = []
         self._waits_for: Any = None
         self._asyncio_future_blocking = False
+        self._message: object = None
         self._left = self._late = self._ends = False
 
     def __await__(self) -> Generator[Any, None, T]:
@@ -108,15 +110,18 @@ class Underway(Generic[T]):
             raise
         except Exception:
             if self._left:
-                raise asyncio.CancelledError from None
+                raise self._cancelled() from None
             raise
         finally:
             for timer in self._timers:
                 timer.cancel()
             self._operation.close()
         if self._left:
-            raise asyncio.CancelledError
+            raise self._cancelled()
         return answer
+
+    def _cancelled(self) -> asyncio.CancelledError:
+        return asyncio.CancelledError(*([] if self._message is None else [self._message]))
 
     def _steps(self) -> Generator[Any, None, T]:
         """Run the operation as a task does, between whom and the event loop this stands."""
@@ -154,7 +159,10 @@ class Underway(Generic[T]):
         """The task is cancelled, and asks what it waits for, as it asks a future."""
         if self._waits_for.done():
             return False
-        return self._leave() or bool(self._waits_for.cancel(msg=msg))
+        if not self._leave():
+            return bool(self._waits_for.cancel(msg=msg))
+        self._message = self._message or msg
+        return True
 
     def _leave(self) -> bool:
         """Whether the operation goes on although its caller is cancelled."""

@@ -7,12 +7,16 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from shardgate import coalescing
 from shardgate.coalescing import ALONE, MOST_BYTES, MOST_TOGETHER, Lane, Ticket
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from shardgate.coalescing import Seat
 
 
 @dataclass
@@ -45,8 +49,8 @@ class Sender:
         for ticket in tickets:
             ticket.give(ticket.load.identity)
 
-    def ticket(self, identity: str, weight: int = 1) -> Ticket[Load, str]:
-        return Ticket(Load(identity, weight), lambda: None, self.send)
+    def ticket(self, identity: str, weight: int = 1, turn: str | None = None) -> Ticket[Load, str]:
+        return Ticket(Load(identity, weight, turn), lambda: None, self.send)
 
 
 @pytest.fixture
@@ -242,3 +246,136 @@ async def test_what_has_to_go_alone_is_said_so(lane: Lane[Load, str], sender: Se
     ticket.give("b")
     ticket.fail(OSError())
     assert await ticket.outcome is ALONE
+
+
+class Chats:
+    """Two seats, and appends of chats: "a1" is the first of the chat "a"."""
+
+    def __init__(self, sender: Sender) -> None:
+        self.lane: Lane[Load, str] = Lane(seats=2)
+        self.sender = sender
+
+    def goes(self, name: str) -> Seat | None:
+        return self.lane.take_seat(Load(name, turn=name[0]))
+
+    def waits(self, *names: str) -> list[Ticket[Load, str]]:
+        tickets = [self.sender.ticket(name, turn=name[0]) for name in names]
+        for ticket in tickets:
+            self.lane.wait(ticket)
+        return tickets
+
+
+async def test_nothing_waits_while_a_seat_is_free_but_for_its_turn(sender: Sender) -> None:
+    chats = Chats(sender)
+    first = chats.goes("a1")
+    assert first is not None
+    assert chats.goes("a2") is None
+    chats.waits("a2")
+    second = chats.goes("b1")
+    assert second is not None
+    assert chats.goes("c1") is None, "no seat is free"
+    chats.waits("c1")
+    chats.lane.give_back(second)
+    await turn()
+    assert sender.sent == [["c1"]], "a2 has to wait for a1, c1 for nobody"
+    chats.lane.give_back(first)
+    await turn()
+    assert sender.sent == [["c1"], ["a2"]]
+    sender.arrive.set()
+    await turn()
+    assert all_free(chats.lane)
+
+
+async def test_those_whose_turn_it_is_not_stay_behind_in_their_order(sender: Sender) -> None:
+    chats = Chats(sender)
+    first, second = chats.goes("a1"), chats.goes("b1")
+    assert first is not None
+    assert second is not None
+    tickets = chats.waits("a2", "c1", "b2", "a3", "c2", "b3")
+    chats.lane.give_back(second)
+    await turn()
+    assert sender.sent == [["c1", "b2", "c2", "b3"]]
+    chats.waits("b4", "a4")
+    chats.lane.give_back(first)
+    await turn()
+    assert sender.sent[1:] == [["a2", "a3", "a4"]]
+    sender.arrive.set()
+    await asyncio.gather(*(ticket.outcome for ticket in tickets))
+    await turn()
+    assert sender.sent[2:] == [["b4"]]
+    await turn()
+    assert all_free(chats.lane)
+    assert not chats.lane._turns
+
+
+async def test_a_seat_given_away_keeps_its_turn(
+    sender: Sender, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is overdue may still be under way: what comes after it in its chat waits for it."""
+    monkeypatch.setattr(coalescing, "OVERDUE_SECONDS", 0.001)
+    chats = Chats(sender)
+    sender.arrive.set()
+    held = chats.goes("a1")
+    assert held is not None
+    later, other = chats.waits("a2", "b1")
+    assert await asyncio.wait_for(other.outcome, 10) == "b1"
+    assert later.waits
+    chats.lane.give_back(held)
+    assert await asyncio.wait_for(later.outcome, 10) == "a2"
+    await turn()
+    assert all_free(chats.lane)
+
+
+@given(
+    seats=st.integers(1, 3),
+    arrivals=st.lists(st.tuples(st.sampled_from("abcd"), st.integers(0, 3)), max_size=40),
+)
+@settings(deadline=None)
+def test_whatever_comes_a_chats_appends_are_sent_in_order_and_one_after_the_other(
+    seats: int, arrivals: list[tuple[str, int]]
+) -> None:
+    asyncio.run(_in_order(seats, arrivals))
+
+
+async def _in_order(seats: int, arrivals: list[tuple[str, int]]) -> None:
+    """Each arrival is of a chat, so many turns of the loop after the one before."""
+    lane: Lane[Load, str] = Lane(seats=seats)
+    under_way: set[str] = set()
+    ended: dict[str, list[int]] = {}
+
+    async def fly(loads: list[Load]) -> None:
+        chats = {load.identity[0] for load in loads}
+        assert not chats & under_way
+        under_way.update(chats)
+        for _ in range(len(loads) + 1):
+            await asyncio.sleep(0)
+        under_way.difference_update(chats)
+        for load in loads:
+            ended.setdefault(load.identity[0], []).append(int(load.identity[1:]))
+
+    async def send(tickets: Sequence[Ticket[Load, str]]) -> None:
+        await fly([ticket.load for ticket in tickets])
+        for ticket in tickets:
+            ticket.give("done")
+
+    async def append(load: Load) -> None:
+        seat = lane.take_seat(load)
+        if seat is None:
+            ticket: Ticket[Load, str] = Ticket(load, lambda: None, send)
+            lane.wait(ticket)
+            await ticket.outcome
+            return
+        await fly([load])
+        lane.give_back(seat)
+
+    calls = []
+    for number, (chat, pause) in enumerate(arrivals):
+        calls.append(asyncio.create_task(append(Load(f"{chat}{number}", turn=chat))))
+        for _ in range(pause):
+            await asyncio.sleep(0)
+    await asyncio.wait_for(asyncio.gather(*calls), 10)
+    assert all(numbers == sorted(numbers) for numbers in ended.values()), ended
+    assert sum(map(len, ended.values())) == len(arrivals)
+    await turn()
+    assert all_free(lane)
+    assert not lane._turns
