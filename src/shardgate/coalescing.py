@@ -1,10 +1,10 @@
 """Operations that wait for a database are sent together.
 
-A lane has a few seats. Whoever finds one free goes at once, alone. While all are taken, what
-arrives waits in order, and each seat that becomes free takes as many along as may go together. So
-nothing is held back while the database is idle, and the more there is to do, the less each
-operation costs. What must keep its order has a turn: it waits while another of the same turn is
-under way, free seats or not.
+A lane has a few seats. Whoever finds all free goes at once, alone. While one is taken, what
+arrives waits in order, and each seat that becomes free takes as many along as may go together; a
+further one leaves as soon as enough wait to be worth a statement. So nothing is held back while the
+database is idle, and the more there is to do, the less each operation costs. What must keep its
+order has a turn: it waits while another of the same turn is under way, free seats or not.
 
 A seat whose holder does not come back soon, be it that somebody has locked what it wants, is given
 to those who wait: nobody is held up by another one's trouble for longer than ``OVERDUE_SECONDS``.
@@ -26,11 +26,13 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Hashable, Sequence
 
-MOST_TOGETHER = 64
+MOST_TOGETHER = 128
 """Operations of one statement."""
 MOST_BYTES = 1 << 20
 """Bytes of one statement, or of its answer as far as it is foreseen, unless a single operation has
 more."""
+WORTH_A_SEAT = 16
+"""So many have to wait for a second seat to be taken while the first one is."""
 OVERDUE_SECONDS = 0.05
 """How long the holder of a seat keeps it from those who wait."""
 
@@ -114,8 +116,8 @@ class Lane(Generic[J, R]):
     operation's answer has lately been, so that answers are bounded, too.
     """
 
-    def __init__(self, *, seats: int) -> None:
-        self.answer_bytes = 0
+    def __init__(self, *, seats: int, answer_bytes: int = 0) -> None:
+        self.answer_bytes = answer_bytes
         self._clock = asyncio.get_running_loop().time
         self._seats = seats
         self._taken: dict[Seat, None] = {}  # in the order of their times
@@ -125,10 +127,15 @@ class Lane(Generic[J, R]):
         self._watch: asyncio.TimerHandle | None = None
 
     def take_seat(self, load: J) -> Seat | None:
-        """Take a seat, if one may be had, to go at once and alone; :meth:`give_back` returns it."""
-        if len(self._taken) >= self._seats or load.turn in self._turns:
+        """Take a seat, if all are free, to go at once and alone; :meth:`give_back` returns it."""
+        if self._taken or load.turn in self._turns:
             return None
         return self._seat([load])
+
+    def _may_depart(self) -> bool:
+        """Whether a seat is free, and enough wait to be worth another statement."""
+        enough = not self._taken or len(self._waiting) >= WORTH_A_SEAT
+        return enough and len(self._taken) < self._seats
 
     def _seat(self, loads: Sequence[J]) -> Seat:
         seat = Seat(self._clock())
@@ -145,14 +152,16 @@ class Lane(Generic[J, R]):
             self._depart()
 
     def wait(self, ticket: Ticket[J, R]) -> None:
-        """Wait in order; only where no seat may be had."""
+        """Wait in order; only after :meth:`take_seat` gave none."""
         self._waiting.append(ticket)
+        if self._may_depart():
+            self._depart()
         if self._watch is None:
             self._watch_seats()
 
     def _depart(self) -> None:
         """Send those who wait, as many at a time as may go together, as far as there are seats."""
-        while len(self._taken) < self._seats and (together := self._gather()):
+        while self._may_depart() and (together := self._gather()):
             seat = self._seat([ticket.load for ticket in together])
             # In a context of its own: it is nothing of the request's that happens to start it.
             flight = asyncio.create_task(together[0].send(together), context=Context())

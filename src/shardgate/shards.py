@@ -20,7 +20,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.pool import AssertionPool, SingletonThreadPool, StaticPool
 
 from shardgate import greenlets
-from shardgate.coalescing import ALONE, Lane, Ticket
+from shardgate.coalescing import ALONE, MOST_BYTES, Lane, Ticket
 from shardgate.engines import state_of
 from shardgate.errors import (
     Contended,
@@ -80,7 +80,7 @@ write, was sent without an answer (the shard's name): whatever happens after tha
 effect."""
 
 SEATS = 2
-"""Statements of a kind that are under way before what comes next is gathered."""
+"""Statements of a kind that are under way at the same time, at most."""
 LONGEST_TAIL = 100
 """Rows of a reading that is sent together with others."""
 
@@ -127,6 +127,7 @@ class Appends:
     """How appends are sent: one, or several as one statement."""
 
     writes = True
+    foreseen_bytes = 0
 
     @staticmethod
     async def one(dialect: Dialect, append: Append, connection: Any) -> Outcome:
@@ -148,6 +149,7 @@ class TailReads:
     """How tails are read: one, or several as one statement. None where the guard fails."""
 
     writes = False
+    foreseen_bytes = MOST_BYTES // 8  # until it is known, a few at a time
 
     @staticmethod
     async def one(dialect: Dialect, read: TailRead, connection: Any) -> list[str] | None:
@@ -289,7 +291,7 @@ class Database:
         return await self._single(kind, load, attempt)
 
     def _lane(self, kind: Any) -> Lane[Any, Any]:
-        return self.state.own((kind, self.dialect), lambda: Lane(seats=SEATS))
+        return self.state.own((kind, self.dialect), partial(_new_lane, kind))
 
     async def _single(self, kind: Any, load: J, attempt: Attempt) -> Any:
         act = partial(kind.one, self.dialect, load)
@@ -873,7 +875,7 @@ class Shard(Database):
     def _lane(self, kind: Any) -> Lane[Any, Any]:
         """Its own: what another gateway on the same engine has verified is that one's business."""
         if kind not in self._lanes:
-            self._lanes[kind] = Lane(seats=SEATS)
+            self._lanes[kind] = _new_lane(kind)
         return self._lanes[kind]
 
     def _note_unanswered(self) -> None:
@@ -990,6 +992,10 @@ async def ask_all(
         else:
             answers[name] = outcome
     return answers, down
+
+
+def _new_lane(kind: Any) -> Lane[Any, Any]:
+    return Lane(seats=SEATS, answer_bytes=kind.foreseen_bytes)
 
 
 def driver_error(error: DBAPIError) -> BaseException:

@@ -265,44 +265,45 @@ class Chats:
         return tickets
 
 
-async def test_nothing_waits_while_a_seat_is_free_but_for_its_turn(sender: Sender) -> None:
+async def test_a_second_seat_is_taken_when_enough_wait(
+    sender: Sender, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(coalescing, "WORTH_A_SEAT", 3)
     chats = Chats(sender)
     first = chats.goes("a1")
     assert first is not None
-    assert chats.goes("a2") is None
-    chats.waits("a2")
-    second = chats.goes("b1")
-    assert second is not None
-    assert chats.goes("c1") is None, "no seat is free"
-    chats.waits("c1")
-    chats.lane.give_back(second)
+    assert chats.goes("b1") is None
+    chats.waits("b1", "c1")
     await turn()
-    assert sender.sent == [["c1"]], "a2 has to wait for a1, c1 for nobody"
+    assert sender.sent == []
+    chats.waits("d1", "e1", "f1", "g1")
+    await turn()
+    assert sender.sent == [["b1", "c1", "d1"]], "and there is no third one"
     chats.lane.give_back(first)
     await turn()
-    assert sender.sent == [["c1"], ["a2"]]
+    assert sender.sent == [["b1", "c1", "d1"], ["e1", "f1", "g1"]]
     sender.arrive.set()
     await turn()
     assert all_free(chats.lane)
 
 
-async def test_those_whose_turn_it_is_not_stay_behind_in_their_order(sender: Sender) -> None:
+async def test_those_whose_turn_it_is_not_stay_behind_in_their_order(
+    sender: Sender, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(coalescing, "WORTH_A_SEAT", 3)
     chats = Chats(sender)
-    first, second = chats.goes("a1"), chats.goes("b1")
+    first = chats.goes("a1")
     assert first is not None
-    assert second is not None
-    tickets = chats.waits("a2", "c1", "b2", "a3", "c2", "b3")
-    chats.lane.give_back(second)
+    chats.waits("a2", "b1", "c1", "b2", "a3", "c2")
     await turn()
-    assert sender.sent == [["c1", "b2", "c2", "b3"]]
-    chats.waits("b4", "a4")
+    assert sender.sent == [["b1", "c1"]], "the others have to wait for a1, b1 and c1"
     chats.lane.give_back(first)
     await turn()
-    assert sender.sent[1:] == [["a2", "a3", "a4"]]
+    assert sender.sent[1:] == [["a2", "a3"]]
+    chats.waits("b3", "a4")
     sender.arrive.set()
-    await asyncio.gather(*(ticket.outcome for ticket in tickets))
     await turn()
-    assert sender.sent[2:] == [["b4"]]
+    assert sender.sent[2:] in ([["b2", "c2", "b3", "a4"]], [["b2", "c2", "b3"], ["a4"]])
     await turn()
     assert all_free(chats.lane)
     assert not chats.lane._turns
@@ -328,13 +329,16 @@ async def test_a_seat_given_away_keeps_its_turn(
 
 @given(
     seats=st.integers(1, 3),
+    worth=st.integers(1, 4),
     arrivals=st.lists(st.tuples(st.sampled_from("abcd"), st.integers(0, 3)), max_size=40),
 )
 @settings(deadline=None)
 def test_whatever_comes_a_chats_appends_are_sent_in_order_and_one_after_the_other(
-    seats: int, arrivals: list[tuple[str, int]]
+    seats: int, worth: int, arrivals: list[tuple[str, int]]
 ) -> None:
-    asyncio.run(_in_order(seats, arrivals))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(coalescing, "WORTH_A_SEAT", worth)
+        asyncio.run(_in_order(seats, arrivals))
 
 
 async def _in_order(seats: int, arrivals: list[tuple[str, int]]) -> None:
