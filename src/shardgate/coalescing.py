@@ -154,7 +154,7 @@ class Lane(Generic[J, R]):
     def wait(self, ticket: Ticket[J, R]) -> None:
         """Wait in order; only after :meth:`take_seat` gave none."""
         self._waiting.append(ticket)
-        if self._may_depart():
+        if ticket.load.turn not in self._turns and self._may_depart():
             self._depart()
         if self._watch is None:
             self._watch_seats()
