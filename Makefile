@@ -26,6 +26,7 @@ check: $(VENV)/.stamp  ## lint, format, types, layers, the public API
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	MYPYPATH=src:tests $(VENV)/bin/mypy --explicit-package-bases tests/harness tests/conftest.py
+	MYPYPATH=src:tests $(VENV)/bin/mypy --explicit-package-bases benchmarks
 	MYPYPATH=src:deploy $(VENV)/bin/mypy --explicit-package-bases deploy/app
 	$(VENV)/bin/lint-imports
 	$(RUN) -m pytest -q tests/unit/test_public_api.py

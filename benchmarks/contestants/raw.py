@@ -24,7 +24,7 @@ from benchmarks.contestants.base import Contestant, Session
 from benchmarks.contestants.ours import DURABLE, ThroughGateway
 from benchmarks.servers import driver_url
 from shardgate.engines import make_engine
-from shardgate.sql.dialect import Guard, Key, Operation
+from shardgate.sql.dialect import Append, Guard, Key, Operation, TailRead
 from shardgate.sql.mysql import MySQL
 from shardgate.sql.postgresql import PostgreSQL
 from shardgate.sql.schema import TableNames, build_tables
@@ -199,12 +199,12 @@ class AiomysqlSession:
     async def get_items(self, limit: int | None = None) -> list[Any]:
         tail, spot = self.raw.dialect.tail, self.spot
         async with self.raw.shelf.one() as connection:
-            rows = await tail(connection, spot.key, spot.guard, limit)
-        return [json.loads(row.data) for row in reversed(rows or [])]
+            rows = await tail(connection, TailRead(spot.key, spot.guard, limit))
+        return [json.loads(data) for data in reversed(rows or [])]
 
     async def add_items(self, items: list[Any]) -> None:
         data = [json.dumps(item, separators=(",", ":")) for item in items]
         operation, incarnation = Operation(uuid4().hex, "append"), secrets.randbits(63)
-        append, spot = self.raw.dialect.append, self.spot
+        append = Append(self.spot.key, self.spot.guard, operation, data, incarnation)
         async with self.raw.shelf.one() as connection:
-            await append(connection, spot.key, spot.guard, operation, data, incarnation)
+            await self.raw.dialect.append(connection, append)

@@ -57,7 +57,7 @@ def _act(shards: int) -> Callable[[Name], Any]:
 
     def act(name: Name) -> Any:
         handle = gateway.tenant(name.tenant).session(name.session)
-        route(known, handle.key.tenant_id, handle.key.session_id)
+        route(known, *handle._ids)
         return handle
 
     return act

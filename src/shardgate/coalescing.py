@@ -1,9 +1,10 @@
 """Operations that wait for a database are sent together.
 
-A lane has a few seats. Whoever finds one free goes at once, alone. While all are taken, what
-arrives waits in order, and each seat that becomes free takes as many along as may go together. So
-nothing is held back while the database is idle, and the more there is to do, the less each
-operation costs.
+A lane has a few seats. Whoever finds all free goes at once, alone. While one is taken, what
+arrives waits in order, and each seat that becomes free takes as many along as may go together; a
+further one leaves as soon as enough wait to be worth a statement. So nothing is held back while the
+database is idle, and the more there is to do, the less each operation costs. What must keep its
+order has a turn: it waits while another of the same turn is under way, free seats or not.
 
 A seat whose holder does not come back soon, be it that somebody has locked what it wants, is given
 to those who wait: nobody is held up by another one's trouble for longer than ``OVERDUE_SECONDS``.
@@ -25,11 +26,13 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Hashable, Sequence
 
-MOST_TOGETHER = 64
+MOST_TOGETHER = 128
 """Operations of one statement."""
 MOST_BYTES = 1 << 20
 """Bytes of one statement, or of its answer as far as it is foreseen, unless a single operation has
 more."""
+WORTH_A_SEAT = 16
+"""So many have to wait for a second seat to be taken while the first one is."""
 OVERDUE_SECONDS = 0.05
 """How long the holder of a seat keeps it from those who wait."""
 
@@ -54,6 +57,10 @@ class Load(Protocol):
     @property
     def identity(self) -> Hashable:
         """Two of the same identity never go together."""
+
+    @property
+    def turn(self) -> Hashable:
+        """Two of the same turn are never under way in two statements; None: it has no turn."""
 
 
 J = TypeVar("J", bound=Load)
@@ -93,12 +100,13 @@ class Ticket(Generic[J, R]):
 
 
 class Seat:
-    """The right to be under way, and since when."""
+    """The right to be under way, since when, and whose turn it is by that."""
 
-    __slots__ = ("since",)
+    __slots__ = ("since", "turns")
 
     def __init__(self, since: float) -> None:
         self.since = since
+        self.turns: Sequence[Hashable] = ()
 
 
 class Lane(Generic[J, R]):
@@ -108,43 +116,53 @@ class Lane(Generic[J, R]):
     operation's answer has lately been, so that answers are bounded, too.
     """
 
-    def __init__(self, *, seats: int) -> None:
-        self.answer_bytes = 0
+    def __init__(self, *, seats: int, answer_bytes: int = 0) -> None:
+        self.answer_bytes = answer_bytes
         self._clock = asyncio.get_running_loop().time
         self._seats = seats
         self._taken: dict[Seat, None] = {}  # in the order of their times
+        self._turns: set[Hashable] = set()  # of what is under way
         self._waiting: deque[Ticket[J, R]] = deque()
         self._flights: set[asyncio.Task[None]] = set()
         self._watch: asyncio.TimerHandle | None = None
 
-    def take_seat(self) -> Seat | None:
-        """Take a seat, if one is free, to go at once and alone; :meth:`give_back` returns it."""
-        if len(self._taken) >= self._seats:
+    def take_seat(self, load: J) -> Seat | None:
+        """Take a seat, if all are free, to go at once and alone; :meth:`give_back` returns it."""
+        if self._taken or load.turn in self._turns:
             return None
+        return self._seat([load])
+
+    def _may_depart(self) -> bool:
+        """Whether a seat is free, and enough wait to be worth another statement."""
+        enough = not self._taken or len(self._waiting) >= WORTH_A_SEAT
+        return enough and len(self._taken) < self._seats
+
+    def _seat(self, loads: Sequence[J]) -> Seat:
         seat = Seat(self._clock())
+        seat.turns = [load.turn for load in loads if load.turn is not None]
         self._taken[seat] = None
+        self._turns.update(seat.turns)
         return seat
 
     def give_back(self, seat: Seat) -> None:
         """Let those who wait have the seat, unless they have it already."""
-        if seat in self._taken:
-            del self._taken[seat]
-            if self._waiting:
-                self._depart()
+        self._turns.difference_update(seat.turns)
+        self._taken.pop(seat, None)
+        if self._waiting:
+            self._depart()
 
     def wait(self, ticket: Ticket[J, R]) -> None:
-        """Wait in order; only where no seat is free."""
+        """Wait in order; only after :meth:`take_seat` gave none."""
         self._waiting.append(ticket)
+        if ticket.load.turn not in self._turns and self._may_depart():
+            self._depart()
         if self._watch is None:
             self._watch_seats()
 
     def _depart(self) -> None:
         """Send those who wait, as many at a time as may go together, as far as there are seats."""
-        while (seat := self.take_seat()) is not None:
-            together = self._gather()
-            if not together:
-                del self._taken[seat]
-                return
+        while self._may_depart() and (together := self._gather()):
+            seat = self._seat([ticket.load for ticket in together])
             # In a context of its own: it is nothing of the request's that happens to start it.
             flight = asyncio.create_task(together[0].send(together), context=Context())
             self._flights.add(flight)  # a task that nobody refers to may be collected
@@ -162,13 +180,19 @@ class Lane(Generic[J, R]):
         self.give_back(seat)
 
     def _gather(self) -> list[Ticket[J, R]]:
-        """The first who wait, as many as may go together; not those who have given up."""
+        """The first who wait, as many as may go together; not those who have given up.
+
+        Those whose turn it is not stay behind, in front.
+        """
         together: list[Ticket[J, R]] = []
+        behind: list[Ticket[J, R]] = []
         identities: set[Hashable] = set()
         weight = 0
         while self._waiting and len(together) < MOST_TOGETHER:
             ticket = self._waiting[0]
-            if ticket.waits:
+            if ticket.waits and ticket.load.turn in self._turns:
+                behind.append(ticket)
+            elif ticket.waits:
                 weight += ticket.load.weight + self.answer_bytes
                 identity = ticket.load.identity
                 if together and (weight > MOST_BYTES or identity in identities):
@@ -176,6 +200,7 @@ class Lane(Generic[J, R]):
                 together.append(ticket)
                 identities.add(identity)
             self._waiting.popleft()
+        self._waiting.extendleft(reversed(behind))
         return together
 
     def _watch_seats(self) -> None:

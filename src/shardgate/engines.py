@@ -54,13 +54,18 @@ class EngineState:
 
     def own(self, name: Hashable, make: Callable[[], T]) -> T:
         """What the running event loop has of this name on this engine; made when first asked."""
-        for loop in [loop for loop in self._of_loops if loop.is_closed()]:
-            del self._of_loops[loop]  # a lock that was waited for holds its loop
-        own = self._of_loops.setdefault(asyncio.get_running_loop(), {})
+        own = self._of_loops.get(asyncio.get_running_loop())
+        if own is None:
+            own = self._new_loop()
         if name not in own:
             own[name] = make()
         mine: T = own[name]
         return mine
+
+    def _new_loop(self) -> dict[Hashable, Any]:
+        for loop in [loop for loop in self._of_loops if loop.is_closed()]:
+            del self._of_loops[loop]  # a lock that was waited for holds its loop
+        return self._of_loops.setdefault(asyncio.get_running_loop(), {})
 
     def dialect(self, engine: AsyncEngine, tables: Tables) -> Dialect:
         """The statements for ``tables`` on this engine, written once."""

@@ -217,7 +217,8 @@ class Gateway:
         tenant_id = check_tenant_id(tenant_id)
         if keyspace is None:
             keyspace = self.settings.keyspace_of(tenant_id)
-        self.settings.keyspace(keyspace)
+        if keyspace not in self._keyspaces:
+            self.settings.keyspace(keyspace)  # it refuses
         return Tenant(self, tenant_id, keyspace)
 
     def route(self, tenant_id: str, session_id: str, *, keyspace: str | None = None) -> Route:

@@ -19,6 +19,8 @@ MAX_DEPTH = 500
 
 _DIGITS = 4000
 _LEAVES = (str, int, float, type(None))
+_to_ascii = json.JSONEncoder(separators=(",", ":")).encode
+_to_text = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False).encode
 _scan = json.JSONDecoder().scan_once  # type: ignore[attr-defined]  # typeshed leaves it out
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -31,7 +33,7 @@ def encode(item: object, *, ensure_ascii: bool = True) -> str:
     """
     _check(item)
     try:
-        text = json.dumps(item, ensure_ascii=ensure_ascii, separators=(",", ":"))
+        text = (_to_ascii if ensure_ascii else _to_text)(item)
     except ValueError as error:  # an integer of more digits than the interpreter converts
         raise UsageError(f"the item cannot be written as JSON: {error}") from None
     return text if text.isascii() else _SURROGATE.sub(_escaped, text)
@@ -52,7 +54,9 @@ def decode(text: str) -> Any:
 
 def check_items(items: object) -> list[Any]:
     """The items of one call; refuses what would be taken apart, and what no pop could return."""
-    if isinstance(items, str | bytes | Mapping) or not isinstance(items, Iterable):
+    if type(items) is not list and (
+        isinstance(items, str | bytes | Mapping) or not isinstance(items, Iterable)
+    ):
         raise UsageError(f"items must be a list of items, not {type(items).__name__}")
     given = list(items)
     if any(item is None for item in given):

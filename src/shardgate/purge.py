@@ -20,7 +20,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from shardgate.errors import ShardgateError
-from shardgate.sql.purge import START, OpKey, purge_chunk
+from shardgate.sql.purge import PURGED_BY_KEY, START, OpKey, purge_chunk
 
 if TYPE_CHECKING:
     from shardgate.shards import Database
@@ -36,8 +36,10 @@ PURGE_EVERY = 512
 """Writes between two steps of a walk."""
 STEP = 2048
 """Keys that a step goes on, in several transactions."""
-_CHUNK = 256
-"""Keys of one transaction. On MySQL and MariaDB one statement has so many: less than 1 MB."""
+_CHUNK = 1024
+"""Keys of one transaction."""
+_CHUNK_BY_KEY = 256
+"""The same on MySQL and MariaDB, where one statement names each of them: less than 1 MB."""
 
 _LEAST, _MOST = -(2**63), 2**63 - 1
 
@@ -75,7 +77,7 @@ class Purge:
         names = database.tables.names
         place = self._places.get(names) or OpKey(random.randint(_LEAST, _MOST))  # noqa: S311 - no secret
         try:
-            for _ in range(STEP // _CHUNK):
+            for _ in range(STEP // _chunk(database)):
                 chunk = await _purge_chunk(database, place, memory)
                 place = self._places[names] = chunk.last or START
         except Exception as error:  # noqa: BLE001 - nobody waits for this task
@@ -109,6 +111,13 @@ async def purge_all(store: Store) -> int:
 
 
 async def _purge_chunk(database: Database, after: OpKey, memory: float) -> Chunk:
+    keys = _chunk(database)
     return await database.transact(
-        partial(purge_chunk, tables=database.tables, after=after, memory=memory, keys=_CHUNK)
+        partial(purge_chunk, tables=database.tables, after=after, memory=memory, keys=keys)
     )
+
+
+def _chunk(database: Database) -> int:
+    """Keys of one transaction on this database."""
+    by_key = database.engine.dialect.name in PURGED_BY_KEY
+    return min(_CHUNK, _CHUNK_BY_KEY) if by_key else _CHUNK

@@ -11,8 +11,8 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
+from secrets import token_hex
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
-from uuid import uuid4
 
 from shardgate.engines import close_shared_engine, shared_engine
 from shardgate.errors import OutcomeUnknown, UsageError
@@ -78,7 +78,8 @@ class StoredSession(SessionBase):
         session_settings: SessionSettings | dict[str, Any] | None,
         ensure_ascii: bool,
     ) -> None:
-        self._session_settings = _checked_settings(session_settings)
+        given = session_settings
+        self._session_settings = None if given is None else _checked_settings(given)
         self._ensure_ascii = ensure_ascii
 
     @property
@@ -280,15 +281,20 @@ class GatewaySession(StoredSession):
         ensure_ascii: bool = True,
     ) -> None:
         super().__init__(session_settings=session_settings, ensure_ascii=ensure_ascii)
-        self.key = SessionKey(tenant_id, check_session_id(session_id))
+        self._ids = tenant_id, check_session_id(session_id)
         self.session_id = f"{tenant_id}/{session_id}"
         self._on_shard = perform
+
+    @property
+    def key(self) -> SessionKey:
+        """Both ids, apart."""
+        return SessionKey(*self._ids)
 
     def __repr__(self) -> str:
         return f"GatewaySession({self.session_id!r})"
 
     async def _perform(self, act: Callable[[Store, Place], Awaitable[T]]) -> T:
-        done: T = await self._on_shard(self.key.tenant_id, self.key.session_id, act)
+        done: T = await self._on_shard(*self._ids, act)
         return done
 
 
@@ -372,7 +378,7 @@ class SQLAlchemySession(StoredSession):
 
 
 def _operation(kind: Literal["append", "pop", "clear", "replace", "delete"]) -> Operation:
-    return Operation(uuid4().hex, kind)
+    return Operation(token_hex(16), kind)
 
 
 def _append_operation(idempotency_key: object, data: list[str]) -> Operation:

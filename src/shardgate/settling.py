@@ -4,10 +4,11 @@ several operations, although one of them has failed."""
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Coroutine, Iterable
+    from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable
+    from contextvars import Context
 
 T = TypeVar("T")
 
@@ -46,6 +47,138 @@ def _end_later(task: asyncio.Task[Any], seconds: float | None) -> None:
         return
     timer = asyncio.get_running_loop().call_later(seconds, task.cancel)
     task.add_done_callback(lambda _: timer.cancel())
+
+
+class Underway(Generic[T]):
+    """As :func:`settle`, of an operation that runs in its caller's own task: to be awaited, once.
+
+    A task for each operation costs several rounds of the event loop. Here the caller's task runs
+    the operation itself, and waits, as far as it knows, for this object: so it is this object that
+    is asked when the task is cancelled, and it cancels what the operation waits for, or does not.
+
+    ``holds`` says whether a cancellation has to wait for the operation's end now, ``grace`` how
+    many seconds at most. At ``give_up``, by the event loop's clock, the operation is cancelled, and
+    TimeoutError raised. While ``holds`` is true, the operation must not wait for anything that
+    cancels the task that it runs in, as ``asyncio.timeout`` does.
+    """
+
+    __slots__ = (
+        "_asyncio_future_blocking",
+        "_ends",
+        "_give_up",
+        "_grace",
+        "_holds",
+        "_late",
+        "_left",
+        "_loop",
+        "_message",
+        "_operation",
+        "_timers",
+        "_waits_for",
+    )
+
+    def __init__(
+        self,
+        operation: Coroutine[Any, Any, T],
+        *,
+        holds: Callable[[], bool],
+        grace: float,
+        give_up: float | None,
+    ) -> None:
+        self._operation = operation
+        self._holds = holds
+        self._grace = grace
+        self._give_up = give_up
+        self._loop = asyncio.get_running_loop()
+        self._timers: list[asyncio.TimerHandle] = []
+        self._waits_for: Any = None
+        self._asyncio_future_blocking = False
+        self._message: object = None
+        self._left = self._late = self._ends = False
+
+    def __await__(self) -> Generator[Any, None, T]:
+        task = asyncio.current_task()
+        cancelling = 0 if task is None else task.cancelling()
+        if self._give_up is not None:
+            self._timers.append(self._loop.call_at(self._give_up, self._expire))
+        try:
+            answer = yield from self._steps()
+        except asyncio.CancelledError as error:
+            alone = task is None or task.cancelling() <= cancelling
+            if self._late and alone and not self._left:
+                raise TimeoutError from error
+            raise
+        except Exception:
+            if self._left:
+                raise self._cancelled() from None
+            raise
+        finally:
+            for timer in self._timers:
+                timer.cancel()
+            self._operation.close()
+        if self._left:
+            raise self._cancelled()
+        return answer
+
+    def _cancelled(self) -> asyncio.CancelledError:
+        return asyncio.CancelledError(*([] if self._message is None else [self._message]))
+
+    def _steps(self) -> Generator[Any, None, T]:
+        """Run the operation as a task does, between whom and the event loop this stands."""
+        error: BaseException | None = None
+        while True:
+            try:
+                step = self._operation.send(None) if error is None else self._operation.throw(error)
+            except StopIteration as end:
+                return end.value  # type: ignore[no-any-return]  # it is the operation's
+            future, error = step, None
+            self._waits_for = future
+            if future is not None:
+                future._asyncio_future_blocking = False
+                self._asyncio_future_blocking = True
+                if self._ends:
+                    self._end()
+            try:
+                yield None if future is None else self
+            except asyncio.CancelledError as cancellation:
+                # The future's own; or the task's, which was cancelled when the future was done.
+                own = future is not None and future.cancelled()
+                error = cancellation if own or not self._leave() else None
+            except Exception as its_own:  # noqa: BLE001 - it is raised where the operation waits
+                error = its_own
+
+    def get_loop(self) -> asyncio.AbstractEventLoop:
+        """Of whom the task has to be, as of a future."""
+        return self._loop
+
+    def add_done_callback(self, wake: Callable[[Any], None], *, context: Context) -> None:
+        """The task is to be woken when there is something to do, as by a future."""
+        self._waits_for.add_done_callback(wake, context=context)
+
+    def cancel(self, msg: object = None) -> bool:
+        """The task is cancelled, and asks what it waits for, as it asks a future."""
+        if self._waits_for.done():
+            return False
+        if not self._leave():
+            return bool(self._waits_for.cancel(msg=msg))
+        self._message = self._message or msg
+        return True
+
+    def _leave(self) -> bool:
+        """Whether the operation goes on although its caller is cancelled."""
+        if not self._left and self._holds():
+            self._left = True
+            self._timers.append(self._loop.call_later(self._grace, self._end))
+        return self._left
+
+    def _expire(self) -> None:
+        self._late = True
+        self._end()
+
+    def _end(self) -> None:
+        """Cancel the operation: what it waits for, or what it is going to wait for next."""
+        future = self._waits_for
+        self._ends = future is None or not future.cancel()
 
 
 async def together(operations: Iterable[Awaitable[T]]) -> list[T]:

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.pool import AssertionPool, SingletonThreadPool, StaticPool
-from sqlalchemy.util import greenlet_spawn
 
-from shardgate.coalescing import ALONE, Lane, Ticket
+from shardgate import greenlets
+from shardgate.coalescing import ALONE, MOST_BYTES, Lane, Ticket
 from shardgate.engines import state_of
 from shardgate.errors import (
     Contended,
@@ -31,7 +31,7 @@ from shardgate.errors import (
     ShardUnavailable,
     TransientError,
 )
-from shardgate.settling import settle
+from shardgate.settling import Underway, settle
 from shardgate.sql.create import create_tables, transaction, verify_tables
 from shardgate.sql.dialect import Append, TailRead
 
@@ -79,8 +79,8 @@ UNANSWERED: ContextVar[list[str] | None] = ContextVar("UNANSWERED", default=None
 write, was sent without an answer (the shard's name): whatever happens after that, it may have taken
 effect."""
 
-SEATS = 1
-"""Statements of a kind that are under way before what comes next is gathered."""
+SEATS = 2
+"""Statements of a kind that are under way at the same time, at most."""
 LONGEST_TAIL = 100
 """Rows of a reading that is sent together with others."""
 
@@ -88,20 +88,20 @@ LONGEST_TAIL = 100
 class Attempt:
     """How far an operation has come.
 
-    ``sent``: the attempt under way has reached the driver. ``lost``: an attempt that was sent has
-    not been answered, so it may have taken effect. ``began``: when the attempt under way began, by
-    the event loop's clock. ``about_the_shard``: it asks what a shard is, or tells it, so it does
-    not depend on the answer. ``server`` is the one that the attempt has led to. ``alone``: it was
-    sent with others, and has to be sent by itself.
+    ``started``: when it began, ``began``: when the attempt under way did, by the event loop's
+    clock. ``sent``: the attempt under way has reached the driver. ``lost``: an attempt that was
+    sent has not been answered, so it may have taken effect. ``about_the_shard``: it asks what a
+    shard is, or tells it, so it does not depend on the answer. ``server`` is the one that the
+    attempt has led to. ``alone``: it was sent with others, and has to be sent by itself.
     """
 
-    __slots__ = ("about_the_shard", "alone", "began", "lost", "sent", "server", "writes")
+    __slots__ = ("about_the_shard", "alone", "began", "lost", "sent", "server", "started", "writes")
 
     def __init__(self, *, writes: bool = True, about_the_shard: bool = False) -> None:
         self.writes = writes
         self.sent = False
         self.lost = False
-        self.began = 0.0
+        self.started = self.began = asyncio.get_running_loop().time()
         self.about_the_shard = about_the_shard
         self.server: Server | None = None
         self.alone = False
@@ -131,17 +131,11 @@ class Appends:
     """How appends are sent: one, or several as one statement."""
 
     writes = True
+    foreseen_bytes = 0
 
     @staticmethod
     async def one(dialect: Dialect, append: Append, connection: Any) -> Outcome:
-        return await dialect.append(
-            connection,
-            append.key,
-            append.guard,
-            append.operation,
-            append.items,
-            append.incarnation,
-        )
+        return await dialect.append(connection, append)
 
     @staticmethod
     async def many(
@@ -159,11 +153,11 @@ class TailReads:
     """How tails are read: one, or several as one statement. None where the guard fails."""
 
     writes = False
+    foreseen_bytes = MOST_BYTES // 8  # until it is known, a few at a time
 
     @staticmethod
     async def one(dialect: Dialect, read: TailRead, connection: Any) -> list[str] | None:
-        rows = await dialect.tail(connection, read.key, read.guard, read.limit)
-        return None if rows is None else [row.data for row in rows]
+        return await dialect.tail(connection, read)
 
     @staticmethod
     async def many(
@@ -177,12 +171,25 @@ class TailReads:
         return sum(sum(map(len, rows or ())) for rows in answers) // len(answers)
 
 
+class Line:
+    """How many of an event loop's operations wait for a connection of a pool.
+
+    SQLAlchemy's pool gives what is returned to whoever asks first, and wakes in vain who has
+    waited: a caller who has the next operation at hand would keep his connection from all others.
+    """
+
+    __slots__ = ("waiting",)
+
+    def __init__(self) -> None:
+        self.waiting = 0
+
+
 class Patience:
     """How long an operation is tried again, and how long it waits before it is."""
 
-    def __init__(self, seconds: float, *, outage: float) -> None:
+    def __init__(self, give_up: float, *, outage: float) -> None:
         self._clock = asyncio.get_running_loop().time
-        self._give_up = self._clock() + seconds
+        self._give_up = give_up
         self._outage = outage
         self._outage_began: float | None = None
         self._next = _FIRST_PAUSE
@@ -244,15 +251,15 @@ class Database:
 
     async def read(self, action: Callable[[Any], Awaitable[T]]) -> T:
         """Run ``action`` on a driver's connection; it must not change anything."""
-        return await self._run(partial(self._once, action), Attempt(writes=False), writes=False)
+        return await self._at_once(partial(self._once, action), Attempt(writes=False))
 
     async def write(self, action: Callable[[Any], Awaitable[T]]) -> T:
         """Run ``action`` on a driver's connection; it takes effect whole or not at all."""
-        return await self._settled(partial(self._alone, action))
+        return await self._at_once(partial(self._alone, action), Attempt())
 
     async def append(self, append: Append) -> Outcome:
         """As :meth:`write`; sent together with others, where it would have to wait."""
-        return await self._settled(partial(self._gathered, Appends, append))
+        return await self._at_once(partial(self._gathered, Appends, append), Attempt())
 
     async def tail(self, read: TailRead) -> list[str] | None:
         """As :meth:`read`, the newest rows, newest first; together with others likewise.
@@ -261,7 +268,7 @@ class Database:
         """
         short = read.limit is not None and read.limit <= LONGEST_TAIL
         once = partial(self._gathered if short else self._single, TailReads, read)
-        return await self._run(once, Attempt(writes=False), writes=False)
+        return await self._at_once(once, Attempt(writes=False))
 
     async def _gathered(self, kind: Any, load: J, attempt: Attempt) -> Any:
         """Send one operation: at once if a seat is free, else with those who wait for one too.
@@ -273,7 +280,7 @@ class Database:
         if not gathers or attempt.lost or attempt.alone:
             return await self._single(kind, load, attempt)
         lane = self._lane(kind)
-        seat = lane.take_seat()
+        seat = lane.take_seat(load)
         if seat is not None:
             try:
                 return await self._single(kind, load, attempt)
@@ -288,7 +295,7 @@ class Database:
         return await self._single(kind, load, attempt)
 
     def _lane(self, kind: Any) -> Lane[Any, Any]:
-        return self.state.own((kind, self.dialect), lambda: Lane(seats=SEATS))
+        return self.state.own((kind, self.dialect), partial(_new_lane, kind))
 
     async def _single(self, kind: Any, load: J, attempt: Attempt) -> Any:
         act = partial(kind.one, self.dialect, load)
@@ -337,11 +344,11 @@ class Database:
 
     async def transact(self, action: Callable[[AsyncConnection], Awaitable[T]]) -> T:
         """Run ``action`` in a transaction of several statements that locks before it reads."""
-        return await self._settled(partial(self._transaction, action))
+        return await self._settled(partial(self._transaction, action), Attempt())
 
     async def query(self, action: Callable[[AsyncConnection], Awaitable[T]]) -> T:
         """Run ``action``, which only reads, on a SQLAlchemy connection."""
-        return await self._settled(partial(self._query, action), writes=False)
+        return await self._settled(partial(self._query, action), Attempt(writes=False))
 
     async def _query(
         self, action: Callable[[AsyncConnection], Awaitable[T]], attempt: Attempt
@@ -363,7 +370,7 @@ class Database:
         if names in self.state.verified:
             return
         prepare = partial(self._prepare, names, create=create)
-        await self._settled(prepare, attempt=Attempt(about_the_shard=True))
+        await self._settled(prepare, Attempt(about_the_shard=True))
 
     async def _prepare(
         self, names: tuple[str | None, TableNames], attempt: Attempt, *, create: bool
@@ -380,18 +387,46 @@ class Database:
             if create or await verify_tables(self.engine, self.tables):
                 self.state.verified.add(names)
 
+    async def _at_once(
+        self, once: Callable[[Attempt], Coroutine[Any, Any, T]], attempt: Attempt
+    ) -> T:
+        """Run an operation on a driver's connection: its first attempt in the caller's own task.
+
+        Whatever is wrong with that is left to :meth:`_run`.
+        """
+        if not self._serves(attempt):
+            return await self._settled(once, attempt)
+        give_up = None if self.deadline is None else attempt.started + self.deadline
+        try:
+            answer = await Underway(
+                once(attempt),
+                holds=lambda: attempt.writes and attempt.sent,
+                grace=CANCELLED_SECONDS,
+                give_up=give_up,
+            )
+        except Exception as error:  # noqa: BLE001 - _run sees to it
+            return await self._settled(once, attempt, failed=error)
+        self._has_answered()
+        return answer
+
+    def _serves(self, attempt: Attempt) -> bool:
+        """Whether nothing is known that speaks against an attempt."""
+        return True
+
+    def _has_answered(self) -> None:
+        self.state.answered = asyncio.get_running_loop().time()
+
     async def _settled(
         self,
         once: Callable[[Attempt], Awaitable[T]],
+        attempt: Attempt,
         *,
-        writes: bool = True,
-        attempt: Attempt | None = None,
+        failed: Exception | None = None,
     ) -> T:
         """Run an operation; from when it is sent, a cancelled caller waits for its outcome."""
-        attempt = attempt or Attempt(writes=writes)
         return await settle(
-            self._run(once, attempt, writes=writes),
-            grace=CANCELLED_SECONDS if writes else 0,
+            self._run(once, attempt, failed=failed),
+            grace=CANCELLED_SECONDS if attempt.writes else 0,
             begun=lambda: attempt.sent or attempt.lost,
         )
 
@@ -400,25 +435,33 @@ class Database:
         once: Callable[[Attempt], Awaitable[T]],
         attempt: Attempt,
         *,
-        writes: bool,
+        failed: Exception | None = None,
         outage: float | None = None,
     ) -> T:
-        """The one place where an operation is tried again, within bounds."""
+        """The one place where an operation is tried again, within bounds.
+
+        ``failed``: what the first attempt has failed with, if it has been made.
+        """
         ridden_over = self.outage if outage is None else outage
-        patience = Patience(self.deadline or CONTENTION_SECONDS, outage=ridden_over)
+        deadline = None if self.deadline is None else attempt.started + self.deadline
+        give_up = deadline or attempt.started + CONTENTION_SECONDS
+        patience = Patience(give_up, outage=ridden_over)
         try:
-            async with asyncio.timeout(self.deadline):
+            async with asyncio.timeout_at(deadline):
                 while True:
-                    attempt.began = asyncio.get_running_loop().time()
                     try:
+                        if failed is not None:
+                            before, failed = failed, None
+                            raise before
+                        attempt.began = asyncio.get_running_loop().time()
                         answer = await once(attempt)
                     except UnverifiedError as unknown:
-                        if await self._verified(unknown, patience, writes=writes):
+                        if await self._verified(unknown, patience, attempt):
                             continue
                     except (DBAPIError, OSError) as error:
                         self._take(error, attempt, patience)
                     else:
-                        self.state.answered = asyncio.get_running_loop().time()
+                        self._has_answered()
                         return answer
                     await patience.pause()
         except Exception as error:
@@ -426,27 +469,27 @@ class Database:
             if not foreseen and (attempt.sent or isinstance(error, ShardgateError)):
                 raise
             lost = attempt.lost or (attempt.sent and isinstance(error, TimeoutError))
-            self._fail(error, sent=attempt.sent, unknown=lost and writes)
+            self._fail(error, sent=attempt.sent, unknown=lost and attempt.writes)
         finally:
-            if attempt.lost and writes:
+            if attempt.lost and attempt.writes:
                 self._note_unanswered()
 
     def _note_unanswered(self) -> None:
         """Note that a write was sent without an answer, whatever has come of the attempts after."""
 
     async def _verified(
-        self, unknown: UnverifiedError, patience: Patience, *, writes: bool
+        self, unknown: UnverifiedError, patience: Patience, attempt: Attempt
     ) -> bool:
         """Whether a server may be used; False where it went away before that was found out."""
         try:
-            await self._verify(unknown, writes=writes)
+            await self._verify(unknown, attempt)
         except ShardUnavailable:
             if not patience.with_outage(self.state.answered):
                 raise
             return False
         return True
 
-    async def _verify(self, unknown: UnverifiedError, *, writes: bool) -> None:
+    async def _verify(self, unknown: UnverifiedError, attempt: Attempt) -> None:
         """Find out whether a server may be used."""
 
     def _take(self, error: DBAPIError | OSError, attempt: Attempt, patience: Patience) -> None:
@@ -503,8 +546,31 @@ class Database:
             return await self._once(action, attempt)
 
     async def _once(self, action: Callable[[Any], Awaitable[T]], attempt: Attempt) -> T:
-        async with self._only_user(), self._checked_out() as connection:
-            return await self._act(action, connection, attempt)
+        if not isinstance(self.engine.sync_engine.pool, _SINGLE_CONNECTION):
+            return await self._connected(action, attempt)
+        async with self._only_user():
+            return await self._connected(action, attempt)
+
+    async def _connected(self, action: Callable[[Any], Awaitable[T]], attempt: Attempt) -> T:
+        """Run ``action`` on a connection of the pool's."""
+        pool = self.engine.sync_engine.pool
+        connection = await self._check_out()
+        try:
+            answer = await self._act(action, connection, attempt)
+        except Exception as error:
+            translated = self.dialect.translate(error, connection.dbapi_connection)
+            await self._give_back(connection, translated)
+            if translated is error:
+                raise
+            raise translated from error
+        except BaseException:
+            await self._give_up(connection)
+            raise
+        if self.engine.sync_engine.pool is pool:
+            await greenlets.run(connection.close)
+        else:
+            connection.invalidate()  # the engine was closed meanwhile, its pool with it
+        return answer
 
     async def _act(
         self,
@@ -516,7 +582,7 @@ class Database:
         if self.dialect.in_transaction(driver):
             # A listener of the pool has left one open; what it has set in it is to stay.
             adapted: Any = connection.dbapi_connection
-            await greenlet_spawn(adapted.commit)
+            await greenlets.run(adapted.commit)
         admission = await self._admit(connection, attempt)
         if admission.read_committed:
             attempt.sent = True
@@ -563,32 +629,17 @@ class Database:
         """Whether the connection may be used without a look at what it leads to."""
         return True
 
-    @asynccontextmanager
-    async def _checked_out(self) -> AsyncIterator[PoolProxiedConnection]:
-        pool = self.engine.sync_engine.pool
-        connection = await self._check_out()
-        try:
-            yield connection
-        except Exception as error:
-            translated = self.dialect.translate(error, connection.dbapi_connection)
-            await self._give_back(connection, translated)
-            if translated is error:
-                raise
-            raise translated from error
-        except BaseException:
-            await self._give_up(connection)
-            raise
-        else:
-            if self.engine.sync_engine.pool is not pool:
-                connection.invalidate()  # the engine was closed meanwhile, its pool with it
-            else:
-                await greenlet_spawn(connection.close)
-
     async def _check_out(self) -> PoolProxiedConnection:
+        line = self.state.own("line", Line)
+        if line.waiting:
+            await asyncio.sleep(0)  # what was just returned is for whoever has waited for it
+        line.waiting += 1
         try:
-            return await self.engine.raw_connection()
+            return await greenlets.run(self.engine.sync_engine.raw_connection)
         except self.dialect.sqlalchemy_dialect.loaded_dbapi.Error as error:
             raise self.dialect.wrap(error, None) from error
+        finally:
+            line.waiting -= 1
 
     async def _give_back(self, connection: PoolProxiedConnection, error: Exception) -> None:
         """After an error: roll back and return the connection, or drop it if it is lost."""
@@ -609,7 +660,7 @@ class Database:
             if not isinstance(failure, Exception):
                 raise
         else:
-            await greenlet_spawn(connection.close)
+            await greenlets.run(connection.close)
 
     async def _give_up(self, connection: PoolProxiedConnection) -> None:
         """After a cancellation, nobody knows what the driver was doing: close it hard.
@@ -618,7 +669,7 @@ class Database:
         close an in-memory database would be to lose it.
         """
         if self.dialect.one_thread:
-            await greenlet_spawn(connection.close)
+            await greenlets.run(connection.close)
         else:
             connection.invalidate()
 
@@ -740,14 +791,14 @@ class Shard(Database):
         self, action: Callable[[AsyncConnection], Awaitable[T]]
     ) -> tuple[T, Server | None]:
         """As :meth:`ask`, with the server that has answered."""
-        attempt = Attempt(about_the_shard=True)
+        attempt = Attempt(writes=False, about_the_shard=True)
         once = partial(self._query, action)
-        return await self._settled(once, writes=False, attempt=attempt), attempt.server
+        return await self._settled(once, attempt), attempt.server
 
     async def tell(self, action: Callable[[AsyncConnection], Awaitable[T]]) -> T:
         """As :meth:`transact`, whatever answers there: to make it what it is to be."""
         attempt = Attempt(about_the_shard=True)
-        return await self._settled(partial(self._transaction, action), attempt=attempt)
+        return await self._settled(partial(self._transaction, action), attempt)
 
     def judge(self, quarantine: Quarantine | None, server: Server | None, *, began: float) -> None:
         """Take what was found out about the shard on a server, by a look that ``began`` then.
@@ -785,14 +836,15 @@ class Shard(Database):
         once: Callable[[Attempt], Awaitable[T]],
         attempt: Attempt,
         *,
-        writes: bool,
+        failed: Exception | None = None,
         outage: float | None = None,
     ) -> T:
         """Run an operation; while the shard is down, fail at once, but for one probe at a time."""
-        if not attempt.about_the_shard:
-            self.refuse(writes=writes)
-        if self._outage is None:
-            return await self._listen(super()._run(once, attempt, writes=writes, outage=outage))
+        if failed is not None:
+            return await self._listen(attempt, super()._run(once, attempt, failed=failed))
+        if self._serves(attempt):
+            return await self._listen(attempt, super()._run(once, attempt, outage=outage))
+        assert self._outage is not None, "else it serves"  # noqa: S101 - for mypy
         if self._outage.probed:
             raise ShardUnavailable(
                 f"shard {self.name!r} is down: another operation is asking whether it is back, and "
@@ -800,7 +852,17 @@ class Shard(Database):
                 shard=self.name,
             )
         with self._outage.probe():
-            return await self._listen(super()._run(once, attempt, writes=writes, outage=0))
+            return await self._listen(attempt, super()._run(once, attempt, outage=0))
+
+    def _serves(self, attempt: Attempt) -> bool:
+        """Whether the shard is not known to be down; raises ShardQuarantined where it refuses."""
+        if not attempt.about_the_shard:
+            self.refuse(writes=attempt.writes)
+        return self._outage is None
+
+    def _has_answered(self) -> None:
+        super()._has_answered()
+        self._outage = None
 
     def refuse(self, *, writes: bool) -> None:
         """Raise ShardQuarantined where the shard must not be used, or not be written to."""
@@ -818,7 +880,7 @@ class Shard(Database):
     def _lane(self, kind: Any) -> Lane[Any, Any]:
         """Its own: what another gateway on the same engine has verified is that one's business."""
         if kind not in self._lanes:
-            self._lanes[kind] = Lane(seats=SEATS)
+            self._lanes[kind] = _new_lane(kind)
         return self._lanes[kind]
 
     def _note_unanswered(self) -> None:
@@ -858,7 +920,7 @@ class Shard(Database):
         self._refuse(verdict, writes=attempt.writes)
         return True
 
-    async def _verify(self, unknown: UnverifiedError, *, writes: bool) -> None:
+    async def _verify(self, unknown: UnverifiedError, attempt: Attempt) -> None:
         """Have a connection's server looked at, once for all who have met it.
 
         The look goes on when its callers' time is up: else it might never come to an end. What it
@@ -881,24 +943,20 @@ class Shard(Database):
         mark = unknown.connection[self._mark] = Mark(admission, verdict)
         if verdict is not None:
             self._condemned = mark
-            self._refuse(verdict, writes=writes)
-        self.refuse(writes=writes)
+            self._refuse(verdict, writes=attempt.writes)
+        self.refuse(writes=attempt.writes)
 
-    async def _listen(self, operation: Awaitable[T]) -> T:
+    async def _listen(self, attempt: Attempt, operation: Awaitable[T]) -> T:
         """Note whether the shard has answered, be it with an error of its own."""
-        clock = asyncio.get_running_loop().time
-        began = clock()
         try:
-            answer = await operation
+            return await operation
         except (ShardUnavailable, OutcomeUnknown):
-            if self.state.answered < began:  # nobody else has had an answer meanwhile either
+            if self.state.answered < attempt.started:  # nobody has had an answer meanwhile
                 self._outage = self._outage or Outage()
             raise
         except Exception:
-            self.state.answered, self._outage = clock(), None
+            self._has_answered()
             raise
-        self._outage = None
-        return answer
 
     def _fail(self, error: Exception, *, sent: bool, unknown: bool) -> NoReturn:
         if isinstance(error, TimeoutError):
@@ -946,6 +1004,10 @@ async def ask_all(
         else:
             answers[name] = outcome
     return answers, down
+
+
+def _new_lane(kind: Any) -> Lane[Any, Any]:
+    return Lane(seats=SEATS, answer_bytes=kind.foreseen_bytes)
 
 
 def driver_error(error: DBAPIError) -> BaseException:

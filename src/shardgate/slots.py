@@ -85,7 +85,9 @@ def hash_key(tenant_id: str, session_id: str) -> int:
     that no two pairs share a key. The hash is MurmurHash3 x64 128 with seed 0, of which the low 64
     bits count: the first of its two words, which is also its 128-bit number modulo 2**64.
     """
-    return mmh3_x64_128_utupledigest(_part(tenant_id) + _part(session_id))[0]
+    tenant, session = tenant_id.encode(), session_id.encode()
+    key = _u32(len(tenant)) + tenant + _u32(len(session)) + session
+    return mmh3_x64_128_utupledigest(key)[0]
 
 
 def session_hash(tenant_id: str, session_id: str, *, slots: int, spread: int | None) -> int:

@@ -12,6 +12,7 @@ import random
 import signal
 from collections import defaultdict
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from shardgate import Route
     from shardgate.session import GatewaySession
     from shardgate.shards import Shard
+    from shardgate.sql.dialect import Append
 
 SLOTS = 4
 SHARERS, SHARED, LONERS = 8, 4, 4
@@ -410,12 +412,10 @@ async def test_with_a_guard_that_locks_nothing_an_append_is_lost(
 class GuardedBefore(SQLite):
     """Known to be bad: the guard is read in a transaction of its own, before the append's."""
 
-    def _append(
-        self, connection: Any, key: Any, guard: Any, operation: Any, items: Any, incarnation: int
-    ) -> Outcome:
-        if not self._holds(connection._conn, key, guard):
+    def _append(self, connection: Any, append: Append) -> Outcome:
+        if not self._holds(connection._conn, append.key, append.guard):
             return Outcome.REFUSED
-        return super()._append(connection, key, None, operation, items, incarnation)
+        return super()._append(connection, replace(append, guard=None))
 
 
 class Begun:

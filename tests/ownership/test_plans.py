@@ -130,11 +130,11 @@ async def _analyse(shard: Shard) -> None:
 async def hot_statements(shard: Shard, place: Place) -> list[tuple[str, tuple[Any, ...]]]:
     """The real statements of the four hot operations, with their real parameters."""
     recorder, dialect = Recorder(), shard.dialect
-    for kind in ("append", "pop", "clear"):
-        operation = Operation(f"new {kind}", kind)
-        more = (['{"n": 2}'], 7) if kind == "append" else ()
-        await getattr(dialect, kind)(recorder, place.key, place.guard, operation, *more)
-    await dialect.tail(recorder, place.key, place.guard, 20)
+    new = Operation("new append", "append")
+    await dialect.append(recorder, Append(place.key, place.guard, new, ['{"n": 2}'], 7))
+    await dialect.pop(recorder, place.key, place.guard, Operation("new pop", "pop"))
+    await dialect.clear(recorder, place.key, place.guard, Operation("new clear", "clear"))
+    await dialect.tail(recorder, TailRead(place.key, place.guard, 20))
     assert len(recorder.sent) == 4
     return recorder.sent
 

@@ -150,6 +150,23 @@ async def test_appends_to_one_session_keep_their_order_and_have_no_gap(gateway: 
         assert list(rows) == list(range(1, 2 * CALLERS + 1))
 
 
+async def test_nobody_keeps_a_connection_from_those_who_wait(database: Database) -> None:
+    """Whoever has returned a connection, and comes again at once, comes last."""
+    settings = settings_at(
+        {"one": database.url}, engine_kwargs={"pool_size": 1, "max_overflow": 0}, coalesce=False
+    )
+    turns = [0] * 4
+    async with Gateway(settings) as gateway:
+
+        async def call(number: int) -> None:
+            while min(turns) < 5:
+                await session(gateway, number).get_items(1)
+                turns[number] += 1
+                assert max(turns) - min(turns) < 5, turns
+
+        await asyncio.wait_for(asyncio.gather(*map(call, range(4))), NO_HANG)
+
+
 async def test_a_blocked_session_does_not_hold_up_the_others(
     gateway: Gateway, database: Database
 ) -> None:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from shardgate import coalescing
 from shardgate.coalescing import ALONE, MOST_BYTES, MOST_TOGETHER, Lane, Ticket
@@ -14,11 +16,14 @@ from shardgate.coalescing import ALONE, MOST_BYTES, MOST_TOGETHER, Lane, Ticket
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from shardgate.coalescing import Seat
+
 
 @dataclass
 class Load:
     identity: str
     weight: int = 1
+    turn: str | None = None
 
 
 @dataclass
@@ -44,8 +49,8 @@ class Sender:
         for ticket in tickets:
             ticket.give(ticket.load.identity)
 
-    def ticket(self, identity: str, weight: int = 1) -> Ticket[Load, str]:
-        return Ticket(Load(identity, weight), lambda: None, self.send)
+    def ticket(self, identity: str, weight: int = 1, turn: str | None = None) -> Ticket[Load, str]:
+        return Ticket(Load(identity, weight, turn), lambda: None, self.send)
 
 
 @pytest.fixture
@@ -78,9 +83,9 @@ def queue(lane: Lane[Load, str], sender: Sender, *names: str) -> list[Ticket[Loa
 async def test_whoever_finds_a_seat_goes_at_once_and_the_others_together(
     lane: Lane[Load, str], sender: Sender
 ) -> None:
-    seat = lane.take_seat()
+    seat = lane.take_seat(Load("somebody"))
     assert seat is not None
-    assert lane.take_seat() is None
+    assert lane.take_seat(Load("somebody")) is None
     tickets = queue(lane, sender, "a", "b", "c")
     await turn()
     assert sender.sent == []
@@ -94,7 +99,7 @@ async def test_whoever_finds_a_seat_goes_at_once_and_the_others_together(
 
 async def test_a_statement_is_bounded(lane: Lane[Load, str], sender: Sender) -> None:
     sender.arrive.set()
-    seat = lane.take_seat()
+    seat = lane.take_seat(Load("somebody"))
     assert seat is not None
     many = [str(number) for number in range(MOST_TOGETHER + 1)]
     tickets = queue(lane, sender, *many)
@@ -109,7 +114,7 @@ async def test_a_statement_is_bounded(lane: Lane[Load, str], sender: Sender) -> 
 async def test_answers_are_bounded_as_well(lane: Lane[Load, str], sender: Sender) -> None:
     sender.arrive.set()
     lane.answer_bytes = MOST_BYTES // 2 - 1
-    seat = lane.take_seat()
+    seat = lane.take_seat(Load("somebody"))
     assert seat is not None
     tickets = queue(lane, sender, "a", "b", "c")
     lane.give_back(seat)
@@ -121,7 +126,7 @@ async def test_the_same_identity_twice_is_not_in_one_statement(
     lane: Lane[Load, str], sender: Sender
 ) -> None:
     sender.arrive.set()
-    seat = lane.take_seat()
+    seat = lane.take_seat(Load("somebody"))
     assert seat is not None
     tickets = queue(lane, sender, "a", "b", "a", "c")
     lane.give_back(seat)
@@ -133,7 +138,7 @@ async def test_who_gives_up_while_waiting_is_not_sent(
     lane: Lane[Load, str], sender: Sender
 ) -> None:
     sender.arrive.set()
-    seat = lane.take_seat()
+    seat = lane.take_seat(Load("somebody"))
     assert seat is not None
     first, second = queue(lane, sender, "a", "b")
     first.outcome.cancel()
@@ -147,7 +152,7 @@ async def test_who_gives_up_while_waiting_is_not_sent(
 async def test_where_all_have_given_up_the_seat_is_free(
     lane: Lane[Load, str], sender: Sender
 ) -> None:
-    seat = lane.take_seat()
+    seat = lane.take_seat(Load("somebody"))
     assert seat is not None
     for ticket in queue(lane, sender, "a", "b"):
         ticket.outcome.cancel()
@@ -159,7 +164,7 @@ async def test_where_all_have_given_up_the_seat_is_free(
 async def test_a_flight_goes_on_for_those_who_still_wait(
     lane: Lane[Load, str], sender: Sender
 ) -> None:
-    seat = lane.take_seat()
+    seat = lane.take_seat(Load("somebody"))
     assert seat is not None
     first, second = queue(lane, sender, "a", "b")
     lane.give_back(seat)
@@ -172,7 +177,7 @@ async def test_a_flight_goes_on_for_those_who_still_wait(
 
 
 async def test_a_flight_that_all_have_left_is_ended(lane: Lane[Load, str], sender: Sender) -> None:
-    seat = lane.take_seat()
+    seat = lane.take_seat(Load("somebody"))
     assert seat is not None
     passengers = queue(lane, sender, "a", "b")
     lane.give_back(seat)
@@ -194,7 +199,7 @@ async def test_an_error_is_everybodys_and_the_next_are_sent(
 ) -> None:
     sender.error = OSError("cut")
     sender.arrive.set()
-    seat = lane.take_seat()
+    seat = lane.take_seat(Load("somebody"))
     assert seat is not None
     tickets = queue(lane, sender, "a", "b")
     lane.give_back(seat)
@@ -208,7 +213,7 @@ async def test_an_error_is_everybodys_and_the_next_are_sent(
 async def test_a_flight_cancelled_from_outside_is_an_error_to_its_passengers(
     lane: Lane[Load, str], sender: Sender
 ) -> None:
-    seat = lane.take_seat()
+    seat = lane.take_seat(Load("somebody"))
     assert seat is not None
     (ticket,) = queue(lane, sender, "a")
     lane.give_back(seat)
@@ -225,14 +230,14 @@ async def test_a_seat_that_does_not_come_back_is_given_to_those_who_wait(
 ) -> None:
     monkeypatch.setattr(coalescing, "OVERDUE_SECONDS", 0.001)
     sender.arrive.set()
-    held = lane.take_seat()
+    held = lane.take_seat(Load("somebody"))
     assert held is not None
     (first,) = queue(lane, sender, "a")
     assert await asyncio.wait_for(first.outcome, 10) == "a"
     await turn()
-    assert lane.take_seat() is not None
+    assert lane.take_seat(Load("somebody")) is not None
     lane.give_back(held)  # it has been given away: nothing is free by it
-    assert lane.take_seat() is None
+    assert lane.take_seat(Load("somebody")) is None
 
 
 async def test_what_has_to_go_alone_is_said_so(lane: Lane[Load, str], sender: Sender) -> None:
@@ -241,3 +246,140 @@ async def test_what_has_to_go_alone_is_said_so(lane: Lane[Load, str], sender: Se
     ticket.give("b")
     ticket.fail(OSError())
     assert await ticket.outcome is ALONE
+
+
+class Chats:
+    """Two seats, and appends of chats: "a1" is the first of the chat "a"."""
+
+    def __init__(self, sender: Sender) -> None:
+        self.lane: Lane[Load, str] = Lane(seats=2)
+        self.sender = sender
+
+    def goes(self, name: str) -> Seat | None:
+        return self.lane.take_seat(Load(name, turn=name[0]))
+
+    def waits(self, *names: str) -> list[Ticket[Load, str]]:
+        tickets = [self.sender.ticket(name, turn=name[0]) for name in names]
+        for ticket in tickets:
+            self.lane.wait(ticket)
+        return tickets
+
+
+async def test_a_second_seat_is_taken_when_enough_wait(
+    sender: Sender, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(coalescing, "WORTH_A_SEAT", 3)
+    chats = Chats(sender)
+    first = chats.goes("a1")
+    assert first is not None
+    assert chats.goes("b1") is None
+    chats.waits("b1", "c1")
+    await turn()
+    assert sender.sent == []
+    chats.waits("d1", "e1", "f1", "g1")
+    await turn()
+    assert sender.sent == [["b1", "c1", "d1"]], "and there is no third one"
+    chats.lane.give_back(first)
+    await turn()
+    assert sender.sent == [["b1", "c1", "d1"], ["e1", "f1", "g1"]]
+    sender.arrive.set()
+    await turn()
+    assert all_free(chats.lane)
+
+
+async def test_those_whose_turn_it_is_not_stay_behind_in_their_order(
+    sender: Sender, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(coalescing, "WORTH_A_SEAT", 3)
+    chats = Chats(sender)
+    first = chats.goes("a1")
+    assert first is not None
+    chats.waits("a2", "b1", "c1", "b2", "a3", "c2")
+    await turn()
+    assert sender.sent == [["b1", "c1"]], "the others have to wait for a1, b1 and c1"
+    chats.lane.give_back(first)
+    await turn()
+    assert sender.sent[1:] == [["a2", "a3"]]
+    chats.waits("b3", "a4")
+    sender.arrive.set()
+    await turn()
+    assert sender.sent[2:] in ([["b2", "c2", "b3", "a4"]], [["b2", "c2", "b3"], ["a4"]])
+    await turn()
+    assert all_free(chats.lane)
+    assert not chats.lane._turns
+
+
+async def test_a_seat_given_away_keeps_its_turn(
+    sender: Sender, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is overdue may still be under way: what comes after it in its chat waits for it."""
+    monkeypatch.setattr(coalescing, "OVERDUE_SECONDS", 0.001)
+    chats = Chats(sender)
+    sender.arrive.set()
+    held = chats.goes("a1")
+    assert held is not None
+    later, other = chats.waits("a2", "b1")
+    assert await asyncio.wait_for(other.outcome, 10) == "b1"
+    assert later.waits
+    chats.lane.give_back(held)
+    assert await asyncio.wait_for(later.outcome, 10) == "a2"
+    await turn()
+    assert all_free(chats.lane)
+
+
+@given(
+    seats=st.integers(1, 3),
+    worth=st.integers(1, 4),
+    arrivals=st.lists(st.tuples(st.sampled_from("abcd"), st.integers(0, 3)), max_size=40),
+)
+@settings(deadline=None)
+def test_whatever_comes_a_chats_appends_are_sent_in_order_and_one_after_the_other(
+    seats: int, worth: int, arrivals: list[tuple[str, int]]
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(coalescing, "WORTH_A_SEAT", worth)
+        asyncio.run(_in_order(seats, arrivals))
+
+
+async def _in_order(seats: int, arrivals: list[tuple[str, int]]) -> None:
+    """Each arrival is of a chat, so many turns of the loop after the one before."""
+    lane: Lane[Load, str] = Lane(seats=seats)
+    under_way: set[str] = set()
+    ended: dict[str, list[int]] = {}
+
+    async def fly(loads: list[Load]) -> None:
+        chats = {load.identity[0] for load in loads}
+        assert not chats & under_way
+        under_way.update(chats)
+        for _ in range(len(loads) + 1):
+            await asyncio.sleep(0)
+        under_way.difference_update(chats)
+        for load in loads:
+            ended.setdefault(load.identity[0], []).append(int(load.identity[1:]))
+
+    async def send(tickets: Sequence[Ticket[Load, str]]) -> None:
+        await fly([ticket.load for ticket in tickets])
+        for ticket in tickets:
+            ticket.give("done")
+
+    async def append(load: Load) -> None:
+        seat = lane.take_seat(load)
+        if seat is None:
+            ticket: Ticket[Load, str] = Ticket(load, lambda: None, send)
+            lane.wait(ticket)
+            await ticket.outcome
+            return
+        await fly([load])
+        lane.give_back(seat)
+
+    calls = []
+    for number, (chat, pause) in enumerate(arrivals):
+        calls.append(asyncio.create_task(append(Load(f"{chat}{number}", turn=chat))))
+        for _ in range(pause):
+            await asyncio.sleep(0)
+    await asyncio.wait_for(asyncio.gather(*calls), 10)
+    assert all(numbers == sorted(numbers) for numbers in ended.values()), ended
+    assert sum(map(len, ended.values())) == len(arrivals)
+    await turn()
+    assert all_free(lane)
+    assert not lane._turns

@@ -66,6 +66,7 @@ class GatewaySession(StoredSession)
     async clear_session(*, wrapper: object = None) -> None
     async get_items(limit: int | None = None, *, wrapper: object = None) ->
         list[TResponseInputItem]
+    key: SessionKey (property)
     async pop_item(*, wrapper: object = None) -> TResponseInputItem | None
     session_settings: SessionSettings | None (property, settable)
     async settle(op_id: str) -> bool

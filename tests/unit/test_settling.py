@@ -4,10 +4,31 @@ from __future__ import annotations
 
 import asyncio
 import gc
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from shardgate.settling import settle
+from shardgate.settling import Underway, settle
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Coroutine
+
+    Settle = Callable[..., Awaitable[Any]]
+
+FOREVER = 1e6
+
+
+async def in_place(operation: Coroutine[Any, Any, Any], *, grace: float | None = None) -> Any:
+    """As settle, without a task."""
+    grace = FOREVER if grace is None else grace
+    return await Underway(operation, holds=lambda: True, grace=grace, give_up=None)
+
+
+@pytest.fixture(params=[settle, in_place], ids=["in a task", "in place"], name="settle")
+def either(request: pytest.FixtureRequest) -> Settle:
+    """Both ways to wait for an operation's end."""
+    way: Settle = request.param
+    return way
 
 
 class Operation:
@@ -32,7 +53,7 @@ class Operation:
         return "result"
 
 
-async def test_the_result_and_the_error_pass_through() -> None:
+async def test_the_result_and_the_error_pass_through(settle: Settle) -> None:
     operation = Operation()
     operation.go.set()
     assert await settle(operation.run()) == "result"
@@ -43,7 +64,7 @@ async def test_the_result_and_the_error_pass_through() -> None:
 
 
 @pytest.mark.parametrize("grace", [None, 60.0])
-async def test_a_cancelled_caller_waits_for_the_end(grace: float | None) -> None:
+async def test_a_cancelled_caller_waits_for_the_end(settle: Settle, grace: float | None) -> None:
     operation = Operation()
     caller = asyncio.ensure_future(settle(operation.run(), grace=grace))
     await operation.started.wait()
@@ -57,7 +78,7 @@ async def test_a_cancelled_caller_waits_for_the_end(grace: float | None) -> None
     assert operation.ended == "done"
 
 
-async def test_the_error_of_a_cancelled_operation_is_not_forgotten_noisily() -> None:
+async def test_the_error_of_a_cancelled_operation_is_not_forgotten_noisily(settle: Settle) -> None:
     told: list[object] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context))
     operation = Operation(ValueError("nobody asks"))
@@ -72,7 +93,7 @@ async def test_the_error_of_a_cancelled_operation_is_not_forgotten_noisily() -> 
     assert told == []
 
 
-async def test_grace_ends() -> None:
+async def test_grace_ends(settle: Settle) -> None:
     operation = Operation()
     caller = asyncio.ensure_future(settle(operation.run(), grace=0.01))
     await operation.started.wait()
@@ -82,7 +103,7 @@ async def test_grace_ends() -> None:
     assert operation.ended == "cancelled"
 
 
-async def test_grace_counts_from_the_cancellation() -> None:
+async def test_grace_counts_from_the_cancellation(settle: Settle) -> None:
     operation = Operation()
     caller = asyncio.ensure_future(settle(operation.run(), grace=0.0))
     await operation.started.wait()
@@ -93,7 +114,7 @@ async def test_grace_counts_from_the_cancellation() -> None:
     assert await caller == "result"
 
 
-async def test_an_operation_that_resists_is_waited_for() -> None:
+async def test_an_operation_that_resists_is_waited_for(settle: Settle) -> None:
     """What has been told to end and cleans up is not left running behind the caller's back."""
     cleaned = asyncio.Event()
 
@@ -113,7 +134,7 @@ async def test_an_operation_that_resists_is_waited_for() -> None:
     assert cleaned.is_set()
 
 
-async def test_a_timeout_around_it_is_a_timeout() -> None:
+async def test_a_timeout_around_it_is_a_timeout(settle: Settle) -> None:
     operation = Operation()
 
     async def let_go() -> None:
@@ -126,3 +147,154 @@ async def test_a_timeout_around_it_is_a_timeout() -> None:
             await settle(operation.run())
     assert operation.ended == "done"
     await later
+
+
+class Held:
+    """An operation in place, of which a cancellation waits for the end once it is ``sent``."""
+
+    def __init__(self, *, seconds: float | None = None) -> None:
+        self.sent = False
+        self._seconds = seconds
+
+    async def run(self, operation: Coroutine[Any, Any, Any], *, grace: float = FOREVER) -> Any:
+        now = asyncio.get_running_loop().time()
+        give_up = None if self._seconds is None else now + self._seconds
+        return await Underway(operation, holds=lambda: self.sent, grace=grace, give_up=give_up)
+
+
+async def test_before_it_is_sent_it_is_cancelled_at_once() -> None:
+    operation = Operation()
+    caller = asyncio.ensure_future(Held().run(operation.run()))
+    await operation.started.wait()
+    caller.cancel("enough")
+    with pytest.raises(asyncio.CancelledError, match="enough"):
+        await caller
+    assert operation.ended == "cancelled"
+
+
+async def test_before_it_is_sent_it_may_have_timeouts_of_its_own() -> None:
+    held = Held()
+
+    async def run() -> str:
+        for _ in range(3):
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.001):
+                    await asyncio.Event().wait()
+        held.sent = True
+        await asyncio.sleep(0.001)
+        return "result"
+
+    assert await held.run(run()) == "result"
+    task = asyncio.current_task()
+    assert task is not None
+    assert task.cancelling() == 0
+
+
+@pytest.mark.parametrize("sent", [False, True])
+async def test_at_its_deadline_it_is_cancelled(sent: bool) -> None:
+    operation, held = Operation(), Held(seconds=0.01)
+    held.sent = sent
+    with pytest.raises(TimeoutError):
+        await held.run(operation.run())
+    assert operation.ended == "cancelled"
+
+
+@pytest.mark.parametrize("sent", [False, True])
+async def test_a_caller_who_is_cancelled_is_cancelled_whatever_the_deadline(sent: bool) -> None:
+    operation, held = Operation(), Held(seconds=0.01)
+    held.sent = sent
+    caller = asyncio.ensure_future(held.run(operation.run()))
+    await operation.started.wait()
+    caller.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await caller
+    assert operation.ended == "cancelled"
+
+
+async def test_a_deadline_that_has_passed_ends_nothing_that_is_done() -> None:
+    async def run() -> str:
+        return "result"
+
+    assert await Held(seconds=-1).run(run()) == "result"
+
+
+@pytest.mark.parametrize("sent", [False, True])
+async def test_a_cancellation_when_what_it_waited_for_has_come(sent: bool) -> None:
+    """The task has not been woken yet: the operation is not cut short for that, if it was sent."""
+    future, held, done = asyncio.get_running_loop().create_future(), Held(), []
+    held.sent = sent
+
+    async def run() -> None:
+        await future
+        done.append("first")
+        await asyncio.sleep(0)
+        done.append("second")
+
+    caller = asyncio.ensure_future(held.run(run()))
+    await asyncio.sleep(0)
+    future.set_result(None)
+    caller.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await caller
+    assert done == (["first", "second"] if sent else [])
+
+
+@pytest.mark.parametrize("sent", [False, True])
+async def test_a_cancellation_between_two_turns_of_the_loop(sent: bool) -> None:
+    held, turns = Held(), []
+    held.sent = sent
+
+    async def run() -> None:
+        for turn in range(5):
+            await asyncio.sleep(0)
+            turns.append(turn)
+
+    caller = asyncio.ensure_future(held.run(run()))
+    await asyncio.sleep(0)
+    caller.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await caller
+    assert len(turns) == (5 if sent else 0)
+
+
+async def test_what_it_waits_for_may_be_cancelled_by_others() -> None:
+    future, held = asyncio.get_running_loop().create_future(), Held()
+    held.sent = True
+
+    async def run() -> str:
+        with pytest.raises(asyncio.CancelledError):
+            await future
+        return "result"
+
+    caller = asyncio.ensure_future(held.run(run()))
+    await asyncio.sleep(0)
+    future.cancel()
+    assert await caller == "result"
+
+
+async def test_errors_of_what_it_waits_for_are_raised_in_it() -> None:
+    async def fail() -> None:
+        await asyncio.sleep(0)
+        raise KeyError("inner")
+
+    async def run() -> str:
+        with pytest.raises(KeyError, match="inner"):
+            await asyncio.create_task(fail())
+        return "result"
+
+    assert await Held().run(run()) == "result"
+
+
+async def test_a_caller_that_is_closed_closes_it() -> None:
+    ended = []
+
+    async def run() -> None:
+        try:
+            await asyncio.get_running_loop().create_future()
+        finally:
+            ended.append("closed")
+
+    caller = Held(seconds=FOREVER).run(run())
+    caller.send(None)
+    caller.close()
+    assert ended == ["closed"]

@@ -15,7 +15,7 @@ from sqlglot.errors import ErrorLevel
 
 from shardgate.engines import DIALECTS
 from shardgate.shards import Database
-from shardgate.sql.dialect import Guard, Key, Operation
+from shardgate.sql.dialect import Append, Guard, Key, Operation, TailRead
 from shardgate.sql.schema import TableNames, Tables, build_tables
 from shardgate.sql.transactions import utc_now
 from shardgate.store import Codec, Place, Store
@@ -86,10 +86,11 @@ async def sent_by(engine: AsyncEngine, tables: Tables) -> dict[str, Sent]:
     listener = Listener()
     calls: dict[str, Callable[[], Awaitable[Any]]] = {
         "append": lambda: dialect.append(
-            listener, key, guard, Operation("+1", "append", "ff"), ['{"a": 1}', "{}"], 7
+            listener,
+            Append(key, guard, Operation("+1", "append", "ff"), ['{"a": 1}', "{}"], 7),
         ),
-        "tail": lambda: dialect.tail(listener, key, guard, 20),
-        "tail of all": lambda: dialect.tail(listener, key, guard, None),
+        "tail": lambda: dialect.tail(listener, TailRead(key, guard, 20)),
+        "tail of all": lambda: dialect.tail(listener, TailRead(key, guard, None)),
         "pop": lambda: dialect.pop(listener, key, guard, Operation("-2", "pop")),
         "clear": lambda: dialect.clear(listener, key, guard, Operation("-3", "clear")),
     }

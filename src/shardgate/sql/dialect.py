@@ -88,6 +88,11 @@ class Append:
         """Two that may be the same one must not be in one statement."""
         return self.operation.op_id
 
+    @property
+    def turn(self) -> int:
+        """Those of one session keep their order."""
+        return self.key.h
+
 
 @dataclass(frozen=True, slots=True)
 class TailRead:
@@ -98,6 +103,7 @@ class TailRead:
     limit: int | None
 
     weight: ClassVar[int] = 0
+    turn: ClassVar[None] = None
 
     @property
     def identity(self) -> int:
@@ -197,22 +203,12 @@ class Dialect(ABC):
         """Write the statements, once."""
 
     @abstractmethod
-    async def append(
-        self,
-        connection: Any,
-        key: Key,
-        guard: Guard | None,
-        operation: Operation,
-        items: Sequence[str],
-        incarnation: int,
-    ) -> Outcome:
-        """Append ``items`` in their order, as one; ``incarnation`` is for a session made now."""
+    async def append(self, connection: Any, append: Append) -> Outcome:
+        """Append items in their order, as one."""
 
     @abstractmethod
-    async def tail(
-        self, connection: Any, key: Key, guard: Guard | None, limit: int | None
-    ) -> list[Row] | None:
-        """The newest ``limit`` rows (None: all), newest first; None where the guard fails."""
+    async def tail(self, connection: Any, read: TailRead) -> list[str] | None:
+        """The data of a session's newest rows, newest first; None where the guard fails."""
 
     async def append_many(self, connection: Any, appends: Sequence[Append]) -> list[Outcome | None]:
         """Several appends as one statement; of a session's, the earlier one goes first.
@@ -222,7 +218,7 @@ class Dialect(ABC):
         raise NotImplementedError
 
     async def tail_many(self, connection: Any, reads: Sequence[TailRead]) -> list[list[str] | None]:
-        """Several tails as one statement: the rows' data, newest first, without their numbers."""
+        """Several tails as one statement."""
         raise NotImplementedError
 
     @abstractmethod

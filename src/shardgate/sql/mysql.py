@@ -18,11 +18,7 @@ from shardgate.sql.dialect import (
     LISTED_AT_SECONDS,
     Admission,
     Dialect,
-    Guard,
-    Key,
-    Operation,
     Outcome,
-    Row,
     Server,
     nbytes,
     one_line,
@@ -30,6 +26,8 @@ from shardgate.sql.dialect import (
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from shardgate.sql.dialect import Append, Guard, Key, Operation, TailRead
 
 _NOW = "@shardgate_now"
 
@@ -218,34 +216,25 @@ class MySQL(Dialect):
         self.clear_sql = write(_CLEAR, "clear")
         self._cursor = self.sqlalchemy_dialect.loaded_dbapi.Cursor
 
-    async def append(
-        self,
-        connection: Any,
-        key: Key,
-        guard: Guard | None,
-        operation: Operation,
-        items: Sequence[str],
-        incarnation: int,
-    ) -> Outcome:
+    async def append(self, connection: Any, append: Append) -> Outcome:
+        items = append.items
         sizes = [nbytes(item) for item in items]
-        change = _change(key, guard, operation, n=len(items))
+        change = _change(append.key, append.guard, append.operation, n=len(items))
         rows = "; ".join(
             self.append_row_sql
             % (change | {"place": place, "data": _text_literal(connection, item), "size": size})
             for place, (item, size) in enumerate(zip(items, sizes, strict=True))
         )
-        values = change | {"incarnation": incarnation, "size": sum(sizes), "rows": rows}
+        values = change | {"incarnation": append.incarnation, "size": sum(sizes), "rows": rows}
         return _outcome(await self._change(connection, self.append_sql % values))
 
-    async def tail(
-        self, connection: Any, key: Key, guard: Guard | None, limit: int | None
-    ) -> list[Row] | None:
-        clause = "" if limit is None else f"LIMIT {int(limit)}"
-        place = _place(key, guard) | {"limit": clause}
+    async def tail(self, connection: Any, read: TailRead) -> list[str] | None:
+        limit = "" if read.limit is None else f"LIMIT {int(read.limit)}"
+        place = _place(read.key, read.guard) | {"limit": limit}
         (rows,) = await self._send(connection, self.tail_sql % place)
         if not rows[0][0]:
             return None
-        return [Row(seq, data.decode()) for _, seq, data in rows if seq is not None]
+        return [data.decode() for _, seq, data in rows if seq is not None]
 
     async def pop(
         self, connection: Any, key: Key, guard: Guard | None, operation: Operation

@@ -20,21 +20,17 @@ from shardgate.items import MAX_DEPTH
 from shardgate.sql.dialect import (
     LISTED_AT_SECONDS,
     Admission,
-    Append,
     Dialect,
-    Guard,
-    Key,
-    Operation,
     Outcome,
-    Row,
     Server,
-    TailRead,
     nbytes,
     one_line,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from shardgate.sql.dialect import Append, Guard, Key, Operation, TailRead
 
 _NOW = "(clock_timestamp() AT TIME ZONE 'UTC')"
 
@@ -317,28 +313,22 @@ class PostgreSQL(Dialect):
         self.pop_sql = write(_POP)
         self.clear_sql = write(_CLEAR, "clear", "NULL")
 
-    async def append(
-        self,
-        connection: Any,
-        key: Key,
-        guard: Guard | None,
-        operation: Operation,
-        items: Sequence[str],
-        incarnation: int,
-    ) -> Outcome:
-        sizes = [nbytes(item) for item in items]
-        change = _change(key, guard, operation)
-        return _outcome(
-            await connection.fetchrow(self.append_sql, *change, incarnation, items, sizes)
+    async def append(self, connection: Any, append: Append) -> Outcome:
+        items = append.items
+        row = await connection.fetchrow(
+            self.append_sql,
+            *_change(append.key, append.guard, append.operation),
+            append.incarnation,
+            items,
+            [nbytes(item) for item in items],
         )
+        return _outcome(row)
 
-    async def tail(
-        self, connection: Any, key: Key, guard: Guard | None, limit: int | None
-    ) -> list[Row] | None:
-        rows = await connection.fetch(self.tail_sql, *_place(key, guard), limit)
+    async def tail(self, connection: Any, read: TailRead) -> list[str] | None:
+        rows = await connection.fetch(self.tail_sql, *_place(read.key, read.guard), read.limit)
         if not rows[0][0]:
             return None
-        return [Row(seq, data) for _, seq, data in rows if seq is not None]
+        return [data for _, seq, data in rows if seq is not None]
 
     async def append_many(self, connection: Any, appends: Sequence[Append]) -> list[Outcome | None]:
         if len({append.key for append in appends}) != len({append.key.h for append in appends}):

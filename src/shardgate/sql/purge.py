@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
     from shardgate.sql.schema import Tables
 
-_MYSQL = ("mysql", "mariadb")
+PURGED_BY_KEY = ("mysql", "mariadb")
+"""The databases on which a chunk's operations are named one by one."""
 _LONGEST = 3e9
 """Seconds, almost a century: what is longer is no date on some databases."""
 
@@ -78,7 +79,7 @@ async def purge_chunk(
 ) -> Chunk:
     """Remove those of the next ``keys`` operations that are older than ``memory`` seconds."""
     ago = seconds_ago(literal(min(memory, _LONGEST), Float()))
-    by_key = connection.dialect.name in _MYSQL
+    by_key = connection.dialect.name in PURGED_BY_KEY
     purge = _purge_by_key if by_key else _purge_range
     return await purge(connection, tables, after, tables.ops.c.created_at < ago, keys)
 

@@ -20,18 +20,16 @@ from shardgate.sql.dialect import (
     LISTED_AT_SECONDS,
     Admission,
     Dialect,
-    Guard,
-    Key,
-    Operation,
     Outcome,
-    Row,
     Server,
     nbytes,
     one_line,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator
+
+    from shardgate.sql.dialect import Append, Guard, Key, Operation, TailRead
 
 T = TypeVar("T")
 
@@ -135,21 +133,11 @@ class SQLite(Dialect):
         self.clear_session_sql = write(_CLEAR_SESSION)
         self.delete_items_sql = write(_DELETE_ITEMS)
 
-    async def append(
-        self,
-        connection: Any,
-        key: Key,
-        guard: Guard | None,
-        operation: Operation,
-        items: Sequence[str],
-        incarnation: int,
-    ) -> Outcome:
-        return await _on_thread(connection, self._append, key, guard, operation, items, incarnation)
+    async def append(self, connection: Any, append: Append) -> Outcome:
+        return await _on_thread(connection, self._append, append)
 
-    async def tail(
-        self, connection: Any, key: Key, guard: Guard | None, limit: int | None
-    ) -> list[Row] | None:
-        return await _on_thread(connection, self._tail, key, guard, limit)
+    async def tail(self, connection: Any, read: TailRead) -> list[str] | None:
+        return await _on_thread(connection, self._tail, read)
 
     async def pop(
         self, connection: Any, key: Key, guard: Guard | None, operation: Operation
@@ -186,24 +174,17 @@ class SQLite(Dialect):
         busy = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
         return isinstance(error, BusyConnection) or code in busy
 
-    def _append(
-        self,
-        connection: Any,
-        key: Key,
-        guard: Guard | None,
-        operation: Operation,
-        items: Sequence[str],
-        incarnation: int,
-    ) -> Outcome:
+    def _append(self, connection: Any, append: Append) -> Outcome:
         now = datetime.now(UTC)
+        key, operation, items = append.key, append.operation, append.items
         sizes = [nbytes(item) for item in items]
         values = _change(key, operation, now, n=len(items)) | {
-            "incarnation": incarnation,
+            "incarnation": append.incarnation,
             "size": sum(sizes),
             "stale": _timestamp(now - timedelta(seconds=LISTED_AT_SECONDS)),
         }
         with _transaction(connection) as raw:
-            outcome = self._admit(raw, key, guard, values)
+            outcome = self._admit(raw, key, append.guard, values)
             if outcome is not Outcome.DONE:
                 return outcome
             raw.execute(self.append_session_sql, values)
@@ -220,14 +201,12 @@ class SQLite(Dialect):
             )
             return Outcome.DONE
 
-    def _tail(
-        self, connection: Any, key: Key, guard: Guard | None, limit: int | None
-    ) -> list[Row] | None:
-        values = _ids(key) | {"limit": _ALL if limit is None else limit}
+    def _tail(self, connection: Any, read: TailRead) -> list[str] | None:
+        values = _ids(read.key) | {"limit": _ALL if read.limit is None else read.limit}
         with _transaction(connection, "BEGIN") as raw:
-            if not self._holds(raw, key, guard):
+            if not self._holds(raw, read.key, read.guard):
                 return None
-            return [Row(seq, data) for seq, data, _ in raw.execute(self.tail_sql, values)]
+            return [data for _, data, _ in raw.execute(self.tail_sql, values)]
 
     def _pop(
         self, connection: Any, key: Key, guard: Guard | None, operation: Operation
