@@ -282,6 +282,13 @@ async def kill_servers(
         assert crashes.killed > crashes.survived
 
 
+@pytest.fixture
+def long_outages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy machine takes its time to start a server: clients ride over more than they would."""
+    monkeypatch.setattr("shardgate.shards.Database.outage", 18.0)
+
+
+@pytest.mark.usefixtures("long_outages")
 @pytest.mark.backends("postgresql-18", "mariadb")
 async def test_a_server_is_killed(
     backend: Backend, start_server: StartServer, movers: Movers, seed: int
@@ -289,6 +296,7 @@ async def test_a_server_is_killed(
     await kill_servers(backend, start_server, movers, seed, ROUNDS // 2)
 
 
+@pytest.mark.usefixtures("long_outages")
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
 @pytest.mark.backends("postgresql", "mariadb")
