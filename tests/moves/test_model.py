@@ -171,7 +171,7 @@ SOAK = {
         2_000_000
     ),
     "four moves between three shards": (
-        _case("move AB m1", "move BC m2", "move CA m3", "move AB m4", shards=3, writes=1), 1_000_000
+        _case("move AB m1", "move BC m2", "move CA m3", "move AB m4", shards=3), 500_000
     ),
 }  # fmt: skip
 
