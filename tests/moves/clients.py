@@ -23,9 +23,8 @@ from shardgate.errors import (
     MoveLost,
     OwnershipConflict,
     TransientError,
-    UsageError,
 )
-from shardgate.handover import IMPORTING
+from shardgate.handover import IMPORTING, RELEASED
 from shardgate.records import read_records
 from shardgate.slotmap import build_map
 
@@ -43,8 +42,8 @@ SHARED, BRIEF = 30, 24
 """Sessions that several clients use; the brief ones are deleted and made again all the time."""
 LONGEST = 40
 """Items of a session, about, before it is cleared."""
-PAUSE = 0.6
-"""A client's longest pause between two operations, in seconds."""
+PAUSE, SHORT_PAUSE = 0.6, 0.1
+"""A client's longest pause between two operations, in seconds; and where little time is left."""
 AT_ONCE = 3
 """Slots that a mover moves at a time; they may be the same."""
 SETTLING = 30
@@ -104,6 +103,7 @@ async def use_sessions(argument: dict[str, Any]) -> dict[str, int]:
             for number in argument["clients"]:
                 name = f"{argument['name']}-{number}"
                 one = Client(name, number, gateway, notes, seed=f"{argument['seed']} {name}")
+                one.pause = SHORT_PAUSE if argument["broken"] else PAUSE
                 group.create_task(one.live(Path(argument["stop"]), made))
     return made
 
@@ -121,6 +121,7 @@ class Client:
         self._random = random.Random(seed)
         self._sent = 0
         self._end = End.DONE
+        self.pause = PAUSE
 
     async def live(self, stop: Path, made: dict[str, int]) -> None:
         while not stop.exists():  # noqa: ASYNC240 - soon answered
@@ -129,7 +130,7 @@ class Client:
             (kind,) = self._random.choices([*weights], [*weights.values()])
             await getattr(self, f"_{kind}")(tenant, session)
             made[kind] = made.get(kind, 0) + 1
-            await asyncio.sleep(self._random.uniform(0, PAUSE))
+            await asyncio.sleep(self._random.uniform(0, self.pause))
 
     def _session(self, tenant: str, session: str) -> Any:
         return self._gateway.tenant(tenant).session(session)
@@ -146,15 +147,18 @@ class Client:
         append = door.add_items(items, idempotency_key=key)
         await self._note("append", tenant, session, append, ids=ids)
         if self._end is not End.FAILED and self._random.random() < 0.2:  # this changes nothing
-            with suppress(TransientError, OutcomeUnknown):
-                await self._again(door, items, key)
+            await self._again(door, items, key)
 
     async def _again(self, door: Any, items: list[Any], key: str) -> None:
         try:
             await door.add_items(items, idempotency_key=key)
-        except UsageError as error:
-            if "settled as not landed" not in str(error):
-                raise
+        except (TransientError, OutcomeUnknown):
+            return
+        except ShardgateError as error:
+            if "settled as not landed" in str(error):
+                return
+            number = self._notes.begin(kind="append", tenant="", client=self._name)
+            self._notes.end(number, End.FAILED, error=repr(error))
 
     async def _read(self, tenant: str, session: str) -> None:
         call = self._session(tenant, session).get_items()
@@ -208,7 +212,7 @@ class Client:
             try:
                 return End.DONE if await door.settle(error.op_id) else End.FAILED
             except (TransientError, OutcomeUnknown):
-                await asyncio.sleep(self._random.uniform(0, PAUSE))
+                await asyncio.sleep(self._random.uniform(0, self.pause))
         return End.UNKNOWN
 
 
@@ -265,9 +269,9 @@ class Shifter:
                 await act(line)
             except EXPECTED as error:
                 line["error"] = repr(error)
-            except OwnershipConflict as error:
+            except ShardgateError as error:
                 line["error"] = repr(error)
-                if act is not self._tidy:
+                if not isinstance(error, OwnershipConflict) or act is not self._tidy:
                     line["wrong"] = True
             except BaseException as error:
                 line |= {"error": repr(error), "wrong": True}
@@ -334,6 +338,11 @@ class Shifter:
         if rests:
             await self.remove(self._random.choice(rests), line)
 
+    async def tell(self, rest: Unfinished) -> None:
+        """Have all shards know of a decision: its mover may have died before he had told them."""
+        if rest.row.state == RELEASED and rest.peer is not None:
+            await self._mover.end(rest.row.slot, rest.shard, rest.peer)
+
     async def remove(self, rest: Unfinished, line: dict[str, Any]) -> None:
         line |= {"removed": rest.row.slot, "source": rest.shard}
         plan, known = self._mover.plan, self._known()
@@ -346,6 +355,7 @@ async def clear_up(gateway: Gateway, argument: dict[str, Any]) -> list[str]:
     Returns what is left all the same; see ``storm.STRAYED`` for what has to be.
     """
     one = Shifter(gateway, None, argument)
+    kept: dict[str, Any] = {}
     for _ in range(20):
         halfway = [row for row in await find_unfinished(one._known()) if not row.is_rest]
         for row in halfway:
@@ -357,7 +367,8 @@ async def clear_up(gateway: Gateway, argument: dict[str, Any]) -> list[str]:
         rests = [row for row in await find_unfinished(one._known()) if row.is_rest]
         for row in rests:
             with suppress(OwnershipConflict):
-                await one.remove(row, {})
+                await one.tell(row)
+                await one.remove(row, kept)
         owners = await one.owners()
         left = [
             row
@@ -366,4 +377,4 @@ async def clear_up(gateway: Gateway, argument: dict[str, Any]) -> list[str]:
         ]
         if not left and argument["drained"] not in owners.values():
             return []
-    return [*map(str, left), f"slots are owned by {set(owners.values())}"]
+    return [*map(str, left), f"{kept}; slots are owned by {set(owners.values())}"]
