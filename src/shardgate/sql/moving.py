@@ -38,6 +38,8 @@ _LOCK_WAIT = {"55P03", 1205}
 INCOMPLETE = 0
 """The revision of a session whose messages are not all here."""
 _BATCH = 500
+_PACKET = 1 << 19
+"""Characters of rows that are sent together to MySQL and MariaDB, in which they get longer."""
 
 
 class SessionKey(NamedTuple):
@@ -379,7 +381,7 @@ async def put_sessions(
     ]
     await _put_rows(connection, tables.sessions, rows, known=here.keys())
     for part in _parts(added):
-        await connection.execute(insert(tables.messages), list(part))
+        await _insert(connection, tables.messages, part)
 
 
 async def _put_rows(
@@ -393,7 +395,7 @@ async def _put_rows(
     new = [dict(row) for row in rows if _key_of(row) not in there]
     old = [row for row in rows if _key_of(row) in there]
     if new:
-        await connection.execute(insert(table), new)
+        await _insert(connection, table, new)
     for row in old:
         await connection.execute(update(table).where(_of(table, _key_of(row))).values(**row))
 
@@ -472,7 +474,7 @@ async def put_ops(
     }
     new = [dict(row) for key, row in zip(keys, rows, strict=True) if key not in here]
     for part in _parts(new):
-        await connection.execute(insert(tables.ops), list(part))
+        await _insert(connection, tables.ops, part)
 
 
 async def remove_ops(connection: AsyncConnection, tables: Tables, keys: Sequence[OpKey]) -> None:
@@ -509,6 +511,45 @@ def _insert_unless_there(connection: AsyncConnection, table: Table) -> Any:
     if name == "postgresql":
         return postgresql.insert(table).on_conflict_do_nothing()
     return insert(table).prefix_with("OR IGNORE" if name == "sqlite" else "IGNORE")
+
+
+async def _insert(
+    connection: AsyncConnection, table: Table, rows: Sequence[Mapping[str, Any]]
+) -> None:
+    """Insert rows with the same columns.
+
+    On MySQL and MariaDB as one statement: the driver would send one for each row, as their values
+    hold function calls.
+    """
+    if connection.dialect.name not in ("mysql", "mariadb"):
+        await connection.execute(insert(table), list(rows))
+        return
+    compiled: Any = insert(table).compile(dialect=connection.dialect, column_keys=list(rows[0]))
+    head, values = str(compiled).split(" VALUES ", 1)
+    columns = [(name, compiled._bind_processors.get(name)) for name in compiled.positiontup]
+    for part in _packets(rows):
+        bound = [
+            row[name] if process is None else process(row[name])
+            for row in part
+            for name, process in columns
+        ]
+        together = f"{head} VALUES {', '.join([values] * len(part))}"
+        await connection.exec_driver_sql(together, tuple(bound))
+
+
+def _packets(rows: Iterable[Mapping[str, Any]]) -> Iterator[list[Mapping[str, Any]]]:
+    """Rows in portions that fit into a packet, wherever a single one does."""
+    part: list[Mapping[str, Any]] = []
+    size = 0
+    for row in rows:
+        own = sum(len(value) for value in row.values() if isinstance(value, str))
+        if part and size + own > _PACKET:
+            yield part
+            part, size = [], 0
+        part.append(row)
+        size += own
+    if part:
+        yield part
 
 
 def _parts(rows: Sequence[T]) -> Iterator[Sequence[T]]:
