@@ -58,7 +58,7 @@ _FEW = 3
 _PASSES = 10
 """Passes over a slot that keeps changing, before it is fenced all the same."""
 _HEARTBEAT_SECONDS = 2.0
-_STALE_SECONDS = 15.0
+STUCK_SECONDS = 15.0
 """A move whose rows were not touched for so long is taken for abandoned: who takes over one that
 is not does no harm, he only wastes what it has done."""
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 2.0
@@ -113,7 +113,8 @@ class Limits:
         attempts: how often a slot's move is begun, if it has stepped back.
         patience_seconds: how long a shard that does not answer is waited for.
         accept_async_standbys: whether shards may have standbys that do not confirm commits: if one
-            of them is promoted during a move, what was written during the move may be lost.
+            of them is promoted during a move, both shards may serve the slot, or what was written
+            to it may be lost, also later.
     """
 
     freeze_seconds: float = 0.5
@@ -216,8 +217,8 @@ class Mover:
 
     async def _refuse_busy(self, ends: Ends) -> None:
         ages = [await row_age(shard, ends.slot) for shard in (ends.source, ends.target)]
-        age = min((age for age in ages if age is not None), default=_STALE_SECONDS)
-        if age < _STALE_SECONDS:
+        age = min((age for age in ages if age is not None), default=STUCK_SECONDS)
+        if age < STUCK_SECONDS:
             raise MoveBusy(
                 f"slot {ends.slot} is being moved from shard {ends.source.name!r} by somebody "
                 f"else, who was seen {age:.0f} seconds ago"

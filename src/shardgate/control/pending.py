@@ -10,7 +10,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from shardgate.control.moves import _STALE_SECONDS as STUCK_SECONDS
+from shardgate.control.moves import STUCK_SECONDS
 from shardgate.control.rebalance import Load, PlannedMove
 from shardgate.control.schedule import AT_ONCE, Outcome, carry_out
 from shardgate.errors import OwnershipConflict, ShardgateError

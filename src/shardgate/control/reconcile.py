@@ -19,7 +19,7 @@ the settings have to be.
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from functools import partial
 from hashlib import sha256
@@ -30,8 +30,8 @@ from sqlalchemy import update
 from shardgate.agreement import known_uuids, recorded_version
 from shardgate.errors import KeyspaceNotCreated, UsageError
 from shardgate.founding import found, insert_rows, introduce, is_introduced, new_identity
-from shardgate.handover import CLAIMING, ELSEWHERE, OWNED, SlotRow
-from shardgate.records import lock_map, publish, read_identity, read_rows
+from shardgate.handover import CANCELLED, CLAIMING, ELSEWHERE, IMPORTING, OWNED, SlotRow
+from shardgate.records import change_row, lock_map, publish, read_identity, read_rows
 from shardgate.settling import together
 from shardgate.slotmap import all_said, conflict, consult, names_by_uuid, ranges, unserved
 
@@ -324,8 +324,10 @@ async def apply(
             f"sessions of shard {remedy.shard!r} would be lost for good: restore a newer copy of "
             "its database, or accept the loss"
         )
-    if await examine(plan, shards, remedy.shard) != remedy:
+    reading = await consult(plan, shards)
+    if find_remedy(plan, reading, remedy.shard) != remedy:
         raise _changed_meanwhile(plan, remedy)
+    await _cancel_imports(plan, shards, remedy, reading)
     shard = shards[remedy.shard]
     if remedy.lost is not None:
         await shard.ready(create=True, afresh=True)
@@ -333,6 +335,21 @@ async def apply(
     if remedy.map_version is not None:
         await shard.tell(partial(_mend, plan=plan, shard=shard, remedy=remedy))
     await _tell_peers(plan, shards, remedy)
+
+
+async def _cancel_imports(
+    plan: Plan, shards: Mapping[str, Shard], remedy: Remedy, reading: Reading
+) -> None:
+    """Have nobody decide to own what this shard is going to own: a mover may be about to."""
+    owned = {change.after.slot for change in remedy.changes if change.owns}
+    for name, record in reading.created.items():
+        for row in record.rows:
+            if row.slot not in owned or row.state != IMPORTING:
+                continue
+            peer, cancelled = shards[name], replace(row, state=CANCELLED)
+            cancel = partial(change_row, tables=peer.tables, before=row, after=cancelled)
+            if not await peer.tell(cancel):
+                raise _changed_meanwhile(plan, remedy)
 
 
 def _changed_meanwhile(plan: Plan, remedy: Remedy) -> Exception:

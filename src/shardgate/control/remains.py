@@ -11,13 +11,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from operator import itemgetter
 from typing import TYPE_CHECKING
 
 from shardgate import handover
 from shardgate.control.copying import MOST_ITEMS, OPS_PAGE, PAGE, batches, is_large
 from shardgate.control.standbys import wait_for_standbys
 from shardgate.errors import OwnershipConflict, ShardgateError
-from shardgate.handover import CANCELLED, CLAIMING, DRAINING, IMPORTING, OWNED, RELEASED
+from shardgate.handover import CANCELLED, DRAINING, IMPORTING, OWNED, RELEASED
 from shardgate.records import (
     RowChangedError,
     change_row,
@@ -26,7 +27,7 @@ from shardgate.records import (
     read_row,
     read_rows,
 )
-from shardgate.recovery import Ends, look
+from shardgate.recovery import Ends, look, read_slot
 from shardgate.settling import together
 from shardgate.slots import slot_range
 from shardgate.sql.moving import (
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
 
     from shardgate.agreement import Plan
-    from shardgate.handover import Pair, SlotRow
+    from shardgate.handover import SlotRow
     from shardgate.shards import Shard
     from shardgate.sql.schema import Tables
 
@@ -112,27 +113,42 @@ async def remove_remains(
     """Remove what is left of a slot on a shard that does not own it; why not, if it was kept.
 
     What a source has released is kept until the target says that it has decided, most shards have
-    recorded that, the target's standbys have it too, and the grace is over.
+    recorded that, the target's standbys have it too, and the grace is over. What a target has
+    copied is kept until its claim is undone.
 
     Raises:
         ShardUnavailable: a shard that has to be asked does not answer; what was removed so far
             stays removed, and the rest can be removed later.
     """
     shard = shards[rest.shard]
-    if rest.peer is None:
-        return "the settings do not name the other shard"
-    peer = shards[rest.peer]
     if rest.row.state == RELEASED:
+        if rest.peer is None:
+            return "the settings do not name the other shard"
+        peer, owner = shards[rest.peer], rest.row.owner
         reason = await _why_kept(shards, shard, peer, rest, grace_seconds)
         if reason is None and not accept_async_standbys:
             await wait_for_standbys(peer, seconds=_STANDBY_SECONDS)
-        source = rest.row.owner
+            # One that was promoted meanwhile may not have had the decision.
+            reason = await _why_kept(shards, shard, peer, rest, grace_seconds)
     else:
-        reason = _why_held(await look(Ends(peer, shard, rest.row.slot)))
-        source = peer.uuid or ""
+        server = await _who_serves(shards, rest.row.slot)
+        if server is None or not (await look(Ends(server, shard, rest.row.slot))).is_undone:
+            return "its move has not ended: finish or end it first"
+        reason, owner = None, server.uuid or ""
     if reason is None:
-        await _remove(plan, shard, rest.row, source)
+        await _remove(plan, shard, rest.row, owner)
     return reason
+
+
+async def _who_serves(shards: Mapping[str, Shard], slot: int) -> Shard | None:
+    """The shard that owns a slot and serves it."""
+    rows = await together(read_slot(shard, slot) for shard in shards.values())
+    serving = [
+        (row.epoch, shard)
+        for row, shard in zip(rows, shards.values(), strict=True)
+        if row.owner == shard.uuid and row.state == OWNED
+    ]
+    return max(serving, key=itemgetter(0))[1] if serving else None
 
 
 async def _why_kept(
@@ -163,16 +179,7 @@ async def _who_knows(shards: Mapping[str, Shard], released: SlotRow) -> list[str
     return [name for name, epoch in zip(shards, epochs, strict=True) if epoch >= released.epoch]
 
 
-def _why_held(pair: Pair) -> str | None:
-    """Why what a target has copied is kept: its move can still be gone on with."""
-    if pair.is_fenced or pair.source.move_id == pair.target.move_id:
-        return "its move has not ended: finish or end it first"
-    if pair.target.state in CLAIMING:
-        return "the shard owns the slot"
-    return None
-
-
-async def _remove(plan: Plan, shard: Shard, row: SlotRow, source: str) -> None:
+async def _remove(plan: Plan, shard: Shard, row: SlotRow, owner: str) -> None:
     tables = shard.tables
     span = Span(*slot_range(row.slot, plan.slots))
 
@@ -181,7 +188,7 @@ async def _remove(plan: Plan, shard: Shard, row: SlotRow, source: str) -> None:
         await hold_row(connection, tables, row, alone=True)
         if await _remove_some(connection, shard, span):
             return False
-        return await change_row(connection, tables, row, handover.forget(row, source))
+        return await change_row(connection, tables, row, handover.forget(row, owner))
 
     try:
         while not await shard.transact(portion):
