@@ -147,17 +147,20 @@ class Client:
         append = door.add_items(items, idempotency_key=key)
         await self._note("append", tenant, session, append, ids=ids)
         if self._end is not End.FAILED and self._random.random() < 0.2:  # this changes nothing
-            await self._again(door, items, key)
+            await self._again(tenant, session, items)
 
-    async def _again(self, door: Any, items: list[Any], key: str) -> None:
+    async def _again(self, tenant: str, session: str, items: list[Any]) -> None:
+        key = items[0]["content"]
         try:
-            await door.add_items(items, idempotency_key=key)
+            await self._session(tenant, session).add_items(items, idempotency_key=key)
         except (TransientError, OutcomeUnknown):
             return
         except ShardgateError as error:
             if "settled as not landed" in str(error):
                 return
-            number = self._notes.begin(kind="append", tenant="", client=self._name)
+            number = self._notes.begin(
+                kind="append", tenant=tenant, session=session, client=self._name
+            )
             self._notes.end(number, End.FAILED, error=repr(error))
 
     async def _read(self, tenant: str, session: str) -> None:
