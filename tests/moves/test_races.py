@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
     Moves = Callable[[list[Gateway], dict[int, str], range, Race], Awaitable[None]]
 
+pytestmark = pytest.mark.timeout(300)  # the slower a machine, the more there is to be copied
 NEWEST = pytest.mark.backends("sqlite", "postgresql-18", "mariadb", "mysql")
 
 
@@ -134,7 +135,7 @@ async def test_several_slots_at_once(databases: MakeDatabases) -> None:
 
 @NEWEST
 async def test_movers_against_each_other(databases: MakeDatabases) -> None:
-    await run_race(named(await databases(2)), 8, against_each_other)
+    await run_race(named(await databases(2)), 4, against_each_other)
 
 
 @pytest.mark.soak
