@@ -2,8 +2,11 @@
 
 A pass walks the slot on both shards side by side, a page at a time, and brings the target level
 where the two differ. As long as the source serves, a pass leaves behind what has changed since; the
-last one, once the source is fenced, leaves nothing. Nothing is remembered from one pass to the next
-but which tenants the target knows, so it does not matter who has made those before.
+last one, once the source is fenced, leaves nothing. The second one compares the digests of all
+items, and those that come after it read what they have written: so nothing is left unverified that
+was written before the last one, which reads what it has written, too. Nothing is remembered from
+one pass to the next but which tenants the target knows, so it does not matter who has made those
+before.
 
 What differs is told by (incarnation, revision): a session's row is read before its items, so items
 are never older than the revision that is written with them.
@@ -93,13 +96,16 @@ class Site:
 
     read: Callable[[Callable[[AsyncConnection], Awaitable[Any]]], Awaitable[Any]]
     write: Callable[[Callable[[AsyncConnection], Awaitable[Any]]], Awaitable[Any]]
+    urgent: bool = False
+    """Whether nobody serves the slot meanwhile."""
 
 
 @dataclass(slots=True)
 class Copying:
     """The copying of one slot under one claim: ``claim`` is the target's row while it holds.
 
-    ``beat`` is called every now and then, while nothing is urgent.
+    ``beat`` is called every now and then, while nothing is urgent. ``tenants`` are those that the
+    target is known to know: they are never removed.
     """
 
     ends: Ends
@@ -108,14 +114,30 @@ class Copying:
     pace: Pace
     counts: Counts
     beat: Callable[[], Awaitable[None]]
-    _tenants: set[str] = field(default_factory=set)
+    tenants: set[str] = field(default_factory=set)
 
-    async def copy(self) -> int:
+    async def copy(self, *, checks: bool = False) -> int:
         """One pass while the source may be serving; how many sessions and operations differed.
+
+        ``checks``: it reads what it has written.
 
         Raises:
             RowChanged: the claim holds no more.
+            VerificationFailed: the target does not read what was just written to it.
         """
+        return await self._pass(self._while_claimed(), checks=checks)
+
+    async def verify(self) -> int:
+        """As ``copy``; and compare the digests of all items on both shards.
+
+        Sessions may change meanwhile: then what both have is compared.
+
+        Raises:
+            VerificationFailed: an item is missing or is another one.
+        """
+        return await self._pass(self._while_claimed(), compares=True)
+
+    def _while_claimed(self) -> Site:
         target = self.ends.target
 
         async def write(act: Callable[[AsyncConnection], Awaitable[T]]) -> T:
@@ -125,7 +147,7 @@ class Copying:
 
             return await target.transact(claimed)
 
-        return await self._pass(Site(target.query, write))
+        return Site(target.query, write)
 
     async def settle(self, connection: AsyncConnection) -> int:
         """The last pass, on a connection to the target, when the source is fenced.
@@ -137,9 +159,9 @@ class Copying:
         async def at_once(act: Callable[[AsyncConnection], Awaitable[T]]) -> T:
             return await act(connection)
 
-        return await self._pass(Site(at_once, at_once), verifies=True)
+        return await self._pass(Site(at_once, at_once, urgent=True), checks=True)
 
-    async def _pass(self, site: Site, *, verifies: bool = False) -> int:
+    async def _pass(self, site: Site, *, checks: bool = False, compares: bool = False) -> int:
         differences = 0
         async for theirs, ours in self._pages(site):
             await self._admit(site, {key.tenant_id for key in theirs})
@@ -148,7 +170,9 @@ class Copying:
             changed = {key: ours.get(key) for key in theirs if ours.get(key) != theirs[key]}
             for content in self._contents(theirs, changed):
                 async for batch in content:
-                    await self._put(site, batch, verifies=verifies)
+                    await self._put(site, batch, checks=checks)
+            if compares:
+                await self._compare(theirs)
             differences += len(gone) + len(changed)
         return differences + await self._pass_ops(site)
 
@@ -202,17 +226,17 @@ class Copying:
                 return
             since = below
 
-    async def _put(self, site: Site, contents: list[Content], *, verifies: bool) -> None:
+    async def _put(self, site: Site, contents: list[Content], *, checks: bool) -> None:
         tables = self.ends.target.tables
         await site.write(partial(put_sessions, tables=tables, contents=contents))
-        if verifies:
+        if checks:
             for content in contents:
                 await self._check_written(site, content)
         size = sum(content.nbytes for content in contents)
         self.counts.sessions += sum(content.whole for content in contents)
         self.counts.items += sum(len(content.items) for content in contents)
         self.counts.nbytes += size
-        if not verifies:
+        if not site.urgent:
             await self.beat()
             await self.pace.spend(size)
 
@@ -242,12 +266,12 @@ class Copying:
 
     async def _admit(self, site: Site, tenant_ids: set[str]) -> None:
         """Have the target know the tenants as the source does: a stranger would be admitted."""
-        unknown = tenant_ids - self._tenants
+        unknown = tenant_ids - self.tenants
         if unknown:
             rows = await self._ask(read_tenants, tenant_ids=unknown)
             put = partial(put_tenants, tables=self.ends.target.tables, rows=rows)
             await site.write(put)
-            self._tenants |= unknown
+            self.tenants |= unknown
 
     async def _pass_ops(self, site: Site) -> int:
         """Bring the operations level: they outlive their sessions, and are never changed."""
@@ -271,27 +295,18 @@ class Copying:
                 return differences
             after = last
 
-    async def verify(self) -> None:
-        """Compare the digests of all items on both shards.
+    async def _compare(self, versions: Mapping[SessionKey, Version]) -> None:
+        """Compare the digests of sessions that were level a moment ago."""
+        for key, version in versions.items():
+            if is_large(version):
+                await self._compare_large(key, version)
+        small = [key for key in versions if not is_large(versions[key])]
+        for batch in batches(small, versions):
+            await self._compare_small(batch)
+            await self.beat()
+        await self.pace.spend(sum(version.byte_count for version in versions.values()))
 
-        Sessions may have changed since they were copied: then what both have is compared.
-
-        Raises:
-            VerificationFailed: an item is missing or is another one.
-        """
-        target = self.ends.target
-        async for theirs, ours in self._pages(Site(target.query, target.transact)):
-            both = [key for key in theirs if key in ours]
-            for key in both:
-                if is_large(theirs[key]):
-                    await self._verify_large(key, theirs[key], ours[key])
-                await self.pace.spend(theirs[key].byte_count)
-            small = [key for key in both if not is_large(theirs[key])]
-            for batch in batches(small, theirs):
-                await self._verify_small(batch)
-                await self.beat()
-
-    async def _verify_small(self, keys: list[SessionKey]) -> None:
+    async def _compare_small(self, keys: list[SessionKey]) -> None:
         theirs: dict[SessionKey, Digests] = await self._ask(read_digests, keys=keys)
         ours: dict[SessionKey, Digests] = await self.ends.target.query(
             self._on_target(partial(read_digests, keys=keys))
@@ -301,12 +316,13 @@ class Copying:
                 raise self._failure(key)
             self.counts.verified += len(ours[key].of)
 
-    async def _verify_large(self, key: SessionKey, theirs: Version, ours: Version) -> None:
+    async def _compare_large(self, key: SessionKey, theirs: Version) -> None:
         """In portions, so not in one moment: what one has and the other has not is a failure if
-        both are, after that, what they were before it, and the same."""
+        both are, after that, what they were before it, and the same. Another item is a failure
+        unless it is one of another incarnation."""
         since: int | None = theirs.floor_seq
-        differs = False
-        while since is not None and theirs.incarnation == ours.incarnation:
+        lacks = contradicts = False
+        while since is not None:
             read = partial(read_digests_from, key=key, since=since, limit=MOST_ITEMS)
             expected = await self._ask(read)
             found = await self.ends.target.query(self._on_target(read))
@@ -314,17 +330,20 @@ class Copying:
             if since is not None:
                 found = {seq: digest for seq, digest in found.items() if seq < since}
             common = expected.keys() & found.keys()
-            if any(expected[seq] != found[seq] for seq in common):
-                raise self._failure(key)
-            differs |= expected.keys() != found.keys()
+            contradicts |= any(expected[seq] != found[seq] for seq in common)
+            lacks |= expected.keys() != found.keys()
             self.counts.verified += len(common)
-        if differs and theirs == ours == await self._version(key):
+        if (lacks or contradicts) and await self._fails(key, theirs, contradicts=contradicts):
             raise self._failure(key)
 
-    async def _version(self, key: SessionKey) -> Version | None:
-        """How far a session is on the source by now."""
-        one = Span(key.h, key.h)
-        return (await self._ask(read_versions, span=one)).get(key)
+    async def _fails(self, key: SessionKey, before: Version, *, contradicts: bool) -> bool:
+        """Whether what was found of a session cannot come from changes meanwhile."""
+        read = partial(read_versions, span=Span(key.h, key.h))
+        theirs = (await self._ask(read)).get(key)
+        ours = (await self.ends.target.query(self._on_target(read))).get(key)
+        if theirs is None or ours is None or theirs.incarnation != ours.incarnation:
+            return False
+        return contradicts or before == theirs == ours
 
     def _failure(self, key: SessionKey) -> VerificationFailed:
         return VerificationFailed(

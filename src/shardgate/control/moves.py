@@ -154,6 +154,7 @@ class Mover:
         self._observe = observe
         self._pace = Pace(self.limits.bytes_per_second)
         self._checked: set[str] = set()
+        self._tenants: dict[str, set[str]] = {}
 
     async def move(
         self, slot: int, source: str, target: str, *, takes_over: bool = False
@@ -279,21 +280,22 @@ class Mover:
             pace=self._pace,
             counts=run.counts,
             beat=partial(self._beat, run),
+            tenants=self._tenants.setdefault(run.ends.target.name, set()),
         )
+        run.touched_at = asyncio.get_running_loop().time()
         self._report(run, Phase.COPYING)
-        await self._copy_until_level(run, copying)
+        await copying.copy()
         self._report(run, Phase.VERIFYING)
-        await copying.verify()
+        differences = await copying.verify()
         if run.pair.source.state == OWNED:
-            await self._copy_until_level(run, copying)
+            await self._copy_until_level(run, copying, differences)
         run.mine.copied = True
 
-    async def _copy_until_level(self, run: _Run, copying: Copying) -> None:
-        differences = await copying.copy()
+    async def _copy_until_level(self, run: _Run, copying: Copying, differences: int) -> None:
         for _ in range(_PASSES):
             if differences <= _FEW:
                 return
-            before, differences = differences, await copying.copy()
+            before, differences = differences, await copying.copy(checks=True)
             self._report(run, Phase.COPYING)
             if differences >= before:
                 return
