@@ -17,6 +17,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from shardgate.control.copying import Copying, Counts, Pace
+from shardgate.control.recording import Recorder
 from shardgate.control.standbys import check_commits
 from shardgate.errors import (
     FreezeTooLong,
@@ -31,13 +32,11 @@ from shardgate.records import (
     RowChangedError,
     change_row,
     hold_row,
-    read_identity,
     read_row,
-    record_move,
     row_age,
 )
 from shardgate.recovery import Ends, after, end_move, look, new_mark, read_slot, take_step
-from shardgate.settling import settle, together
+from shardgate.settling import settle
 from shardgate.slots import slot_range
 from shardgate.sql.moving import Span, limit_lock_wait
 
@@ -47,8 +46,7 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
 
     from shardgate.agreement import Plan
-    from shardgate.handover import Pair, Progress, SlotRow
-    from shardgate.records import Identity
+    from shardgate.handover import Pair, Progress
     from shardgate.shards import Shard
 
 logger = logging.getLogger("shardgate")
@@ -155,9 +153,10 @@ class Mover:
         self._pace = Pace(self.limits.bytes_per_second)
         self._checked: set[str] = set()
         self._tenants: dict[str, set[str]] = {}
+        self._recorder = Recorder(shards)
 
     async def move(
-        self, slot: int, source: str, target: str, *, takes_over: bool = False
+        self, slot: int, source: str, target: str, *, takes_over: bool = False, tells: bool = True
     ) -> MoveEvent:
         """Move a slot, or go on with its move from where that is.
 
@@ -166,6 +165,7 @@ class Mover:
             source: the name of the shard that owns it.
             target: the name of the shard that is to own it.
             takes_over: also where somebody else was at it a moment ago.
+            tells: have all shards record it before this returns; else ``tell`` has to be called.
 
         Returns:
             What was done by this call, and for how long the slot was frozen.
@@ -187,7 +187,7 @@ class Mover:
         counts = Counts()
         for attempt in range(self.limits.attempts):
             try:
-                return await self._attempt(ends, counts)
+                made = await self._attempt(ends, pair if attempt == 0 else await look(ends), counts)
             except MoveLost:
                 raise
             except OverBudgetError:
@@ -196,17 +196,26 @@ class Mover:
             except BaseException:
                 await settle(self._step_back(ends, counts))
                 raise
+            else:
+                if tells:
+                    await self.tell()
+                return made
         raise FreezeTooLong(
             f"slot {slot} could not be moved from shard {source!r} to {target!r} within "
             f"{self.limits.freeze_seconds:g} seconds of being served by nobody, "
             f"{self.limits.attempts} times: try when there is less to do, or allow more"
         )
 
+    async def tell(self) -> None:
+        """Have all shards that answer record what has moved, and was not recorded yet."""
+        await settle(self._recorder.flush())
+
     async def end(self, slot: int, source: str, target: str) -> Pair:
         """End a slot's move: one that is decided is finished, any other undone."""
         ends = Ends(self.shards[source], self.shards[target], slot)
         pair = await end_move(ends)
-        await self._record(ends, pair)
+        self._recorder.add(pair.source, ends)
+        await self.tell()
         return pair
 
     async def _check_standbys(self, ends: Ends) -> None:
@@ -224,15 +233,15 @@ class Mover:
                 f"else, who was seen {age:.0f} seconds ago"
             )
 
-    async def _attempt(self, ends: Ends, counts: Counts) -> MoveEvent:
-        run = _Run(ends, await look(ends), new_mark(), counts)
+    async def _attempt(self, ends: Ends, pair: Pair, counts: Counts) -> MoveEvent:
+        run = _Run(ends, pair, new_mark(), counts)
         trouble_since: float | None = None
         while True:
             act = next_act(run.pair, run.mine)
             if act is Act.LOST:
                 raise self._lost(run)
             if act is Act.DONE:
-                await self._record(ends, run.pair)
+                self._recorder.add(run.pair.source, ends)
                 return self._report(run, Phase.MOVED)
             try:
                 await self._take(act, run)
@@ -394,7 +403,8 @@ class Mover:
                     raise
                 await asyncio.sleep(_FIRST_PAUSE)
         self._observe(self._event(ends, counts, Phase.STEPPED_BACK))
-        await self._record(ends, pair)
+        self._recorder.add(pair.source, ends)
+        await self._recorder.flush()
 
     async def _is_frozen(self, ends: Ends) -> bool:
         try:
@@ -402,32 +412,6 @@ class Mover:
         except ShardgateError:
             return True
         return row.state == DRAINING
-
-    async def _record(self, ends: Ends, pair: Pair) -> None:
-        """Tell all shards that answer who owns the slot now, and how far the two have come."""
-        ends_read = await together(
-            shard.query(partial(read_identity, tables=shard.tables))
-            for shard in (ends.source, ends.target)
-        )
-        identities = {one.shard_uuid: one for one in ends_read if one is not None}
-        await together(self._tell(shard, pair.source, identities) for shard in self.shards.values())
-
-    async def _tell(self, shard: Shard, told: SlotRow, identities: Mapping[str, Identity]) -> None:
-        record = partial(
-            record_move,
-            tables=shard.tables,
-            slot=told.slot,
-            owner=told.owner,
-            epoch=told.epoch,
-            hints=shard.uuid not in identities,
-            identities=identities,
-        )
-        try:
-            await shard.transact(record)
-        except ShardgateError as error:
-            logger.warning(
-                "shard %r was not told who owns slot %d: %s", shard.name, told.slot, error
-            )
 
     def _lost(self, run: _Run) -> MoveLost:
         return MoveLost(
