@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from sqlalchemy import and_, bindparam, insert, inspect, select, update
+from sqlalchemy import and_, bindparam, exists, insert, inspect, select, update
 from sqlalchemy.exc import IntegrityError
 
 from shardgate.errors import ShardUnavailable
@@ -26,6 +26,7 @@ from shardgate.sql.transactions import utc_now
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Iterable, Mapping, Sequence
 
+    from sqlalchemy import Update
     from sqlalchemy.ext.asyncio import AsyncConnection
 
     from shardgate.errors import ShardgateError
@@ -185,8 +186,11 @@ async def lock_map(connection: AsyncConnection, tables: Tables) -> None:
 
 async def bump_map(connection: AsyncConnection, tables: Tables) -> None:
     """Say that the slot map has changed: whoever remembers it has to read it again."""
-    version = tables.shard.c.map_version
-    await connection.execute(update(tables.shard).values(map_version=version + 1))
+    await connection.execute(_bumped(tables))
+
+
+def _bumped(tables: Tables) -> Update:
+    return update(tables.shard).values(map_version=tables.shard.c.map_version + 1)
 
 
 async def publish(shards: Mapping[str, Shard], identities: Mapping[str, Identity]) -> None:
@@ -313,12 +317,15 @@ async def change_row(
     """
     slots = tables.slots
     as_before = [slots.c[field] == value for field, value in _values(before).items()]
-    changed = await connection.execute(
-        update(slots).where(*as_before).values(**_values(after), changed_at=utc_now())
-    )
-    if changed.rowcount == 0:
+    change = update(slots).where(*as_before).values(**_values(after), changed_at=utc_now())
+    bumps = (before.state == OWNED) != (after.state == OWNED)
+    at_once = bumps and connection.dialect.name == "postgresql"
+    if at_once:  # one round trip less while nobody serves the slot
+        changed = exists().select_from(change.returning(slots.c.slot).cte("changed"))
+        change = _bumped(tables).where(changed)
+    if (await connection.execute(change)).rowcount == 0:
         return await read_row(connection, tables, after.slot) == after
-    if (before.state == OWNED) != (after.state == OWNED):
+    if bumps and not at_once:
         await bump_map(connection, tables)
     return True
 

@@ -15,6 +15,7 @@ are never older than the revision that is written with them.
 from __future__ import annotations
 
 import asyncio
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -90,6 +91,38 @@ class Pace:
         await asyncio.sleep(self._free_at - now)
 
 
+class Calm:
+    """Has copying wait while a slot is served by nobody, and slots be frozen one after the other.
+
+    All who move slots in a process share its one thread: what one of them does, another waits for.
+    Nobody waits longer than ``seconds``, so that a freeze that does not end holds up no other slot.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._frozen = 0
+        self._changed = asyncio.Event()
+
+    async def wait(self) -> None:
+        """Wait until no slot is frozen."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._seconds):
+                while self._frozen:
+                    await self._changed.wait()
+
+    async def end(self) -> None:
+        """Wait until no slot is frozen, and be the one that freezes his: ``begin`` ends that."""
+        await self.wait()
+        self._frozen += 1
+        self._changed.clear()
+
+    def begin(self) -> None:
+        """The slot is served again, or it is not known when it will be."""
+        self._frozen -= 1
+        if not self._frozen:
+            self._changed.set()
+
+
 @dataclass(frozen=True, slots=True)
 class Site:
     """How the target is read and written: by transactions of its own, or within one."""
@@ -105,7 +138,8 @@ class Copying:
     """The copying of one slot under one claim: ``claim`` is the target's row while it holds.
 
     ``beat`` is called every now and then, while nothing is urgent. ``tenants`` are those that the
-    target is known to know: they are never removed.
+    target is known to know: they are never removed. ``calm`` is waited for before each portion,
+    unless this very slot is served by nobody.
     """
 
     ends: Ends
@@ -115,6 +149,8 @@ class Copying:
     counts: Counts
     beat: Callable[[], Awaitable[None]]
     tenants: set[str] = field(default_factory=set)
+    calm: Calm | None = None
+    _ahead: dict[Any, asyncio.Task[Any]] = field(default_factory=dict)
 
     async def copy(self, *, checks: bool = False) -> int:
         """One pass while the source may be serving; how many sessions and operations differed.
@@ -141,6 +177,8 @@ class Copying:
         target = self.ends.target
 
         async def write(act: Callable[[AsyncConnection], Awaitable[T]]) -> T:
+            await self._wait_for_calm()
+
             async def claimed(connection: AsyncConnection) -> T:
                 await hold_row(connection, target.tables, self.claim)
                 return await act(connection)
@@ -160,6 +198,33 @@ class Copying:
             return await act(connection)
 
         return await self._pass(Site(at_once, at_once, urgent=True), checks=True)
+
+    @asynccontextmanager
+    async def reading_ahead(self) -> AsyncIterator[None]:
+        """Have what ``settle`` asks the source first read already, while the target is locked.
+
+        The source is fenced: it does not change.
+        """
+        self.calm = None
+        firsts = ((read_versions, PAGE), (read_op_keys, OPS_PAGE))
+        self._ahead = {
+            read: asyncio.create_task(self._ask(read, span=self.span, after=None, limit=limit))
+            for read, limit in firsts
+        }
+        try:
+            yield
+        finally:
+            ahead, self._ahead = list(self._ahead.values()), {}
+            for task in ahead:
+                task.cancel()
+            await asyncio.gather(*ahead, return_exceptions=True)
+
+    async def _first_or_next(self, read: Any, *, after: Any, limit: int) -> Any:
+        """A page of the source's."""
+        ahead = self._ahead.get(read) if after is None else None
+        if ahead is not None:
+            return await ahead
+        return await self._ask(read, span=self.span, after=after, limit=limit)
 
     async def _pass(self, site: Site, *, checks: bool = False, compares: bool = False) -> int:
         differences = 0
@@ -182,7 +247,7 @@ class Copying:
         """The versions of the slot's sessions on the source and on the target, side by side."""
         after: SessionKey | None = None
         while True:
-            theirs = await self._ask(read_versions, span=self.span, after=after, limit=PAGE)
+            theirs = await self._first_or_next(read_versions, after=after, limit=PAGE)
             last = list(theirs)[-1] if len(theirs) == PAGE else None
             read = partial(read_versions, span=self.span, after=after, last=last)
             ours = await site.read(self._on_target(read))
@@ -277,8 +342,8 @@ class Copying:
         """Bring the operations level: they outlive their sessions, and are never changed."""
         differences, after, tables = 0, None, self.ends.target.tables
         while True:
-            theirs: list[OpKey] = await self._ask(
-                read_op_keys, span=self.span, after=after, limit=OPS_PAGE
+            theirs: list[OpKey] = await self._first_or_next(
+                read_op_keys, after=after, limit=OPS_PAGE
             )
             last = theirs[-1] if len(theirs) == OPS_PAGE else None
             read = partial(read_op_keys, span=self.span, after=after, last=last)
@@ -353,8 +418,13 @@ class Copying:
         )
 
     async def _ask(self, read: Callable[..., Awaitable[T]], **values: Any) -> T:
+        await self._wait_for_calm()
         source = self.ends.source
         return await source.query(partial(read, tables=source.tables, **values))
+
+    async def _wait_for_calm(self) -> None:
+        if self.calm is not None:
+            await self.calm.wait()
 
     def _on_target(
         self, read: Callable[..., Awaitable[T]]

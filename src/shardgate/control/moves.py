@@ -16,7 +16,7 @@ from enum import Enum
 from functools import partial
 from typing import TYPE_CHECKING
 
-from shardgate.control.copying import Copying, Counts, Pace
+from shardgate.control.copying import Calm, Copying, Counts, Pace
 from shardgate.control.recording import Recorder
 from shardgate.control.standbys import check_commits
 from shardgate.errors import (
@@ -133,6 +133,7 @@ class _Run:
     fenced_at: float | None = None
     frozen: float | None = None
     touched_at: float = 0.0
+    holds_up: bool = False
 
 
 class Mover:
@@ -154,6 +155,7 @@ class Mover:
         self._checked: set[str] = set()
         self._tenants: dict[str, set[str]] = {}
         self._recorder = Recorder(shards)
+        self._calm = Calm(self.limits.freeze_seconds)
 
     async def move(
         self, slot: int, source: str, target: str, *, takes_over: bool = False, tells: bool = True
@@ -235,7 +237,13 @@ class Mover:
 
     async def _attempt(self, ends: Ends, pair: Pair, counts: Counts) -> MoveEvent:
         run = _Run(ends, pair, new_mark(), counts)
-        trouble_since: float | None = None
+        try:
+            return await self._take_all(run)
+        finally:
+            self._resume(run)
+
+    async def _take_all(self, run: _Run) -> MoveEvent:
+        ends, trouble_since = run.ends, None
         while True:
             act = next_act(run.pair, run.mine)
             if act is Act.LOST:
@@ -247,6 +255,7 @@ class Mover:
                 await self._take(act, run)
                 trouble_since = None
             except (TransientError, OutcomeUnknown) as error:
+                self._resume(run)
                 now = asyncio.get_running_loop().time()
                 trouble_since = trouble_since or now
                 if now - trouble_since > self.limits.patience_seconds:
@@ -277,8 +286,15 @@ class Mover:
             fences = act is Act.FENCE
             step = self._fence(run) if fences else take_step(act, run.pair, run.mine, run.ends)
             run.pair = await step or await look(run.ends)
-            if act is Act.RELEASE and run.fenced_at is not None:
-                run.frozen = asyncio.get_running_loop().time() - run.fenced_at
+        if run.fenced_at is not None and run.frozen is None and run.pair.is_decided:
+            run.frozen = asyncio.get_running_loop().time() - run.fenced_at
+            self._resume(run)
+
+    def _resume(self, run: _Run) -> None:
+        """Have others go on, who wait until no slot is frozen."""
+        if run.holds_up:
+            run.holds_up = False
+            self._calm.begin()
 
     async def _copy(self, run: _Run) -> None:
         """Bring the target level while the source serves, and verify it."""
@@ -290,6 +306,7 @@ class Mover:
             counts=run.counts,
             beat=partial(self._beat, run),
             tenants=self._tenants.setdefault(run.ends.target.name, set()),
+            calm=self._calm if run.pair.source.state == OWNED else None,
         )
         run.touched_at = asyncio.get_running_loop().time()
         self._report(run, Phase.COPYING)
@@ -325,6 +342,9 @@ class Mover:
         """Have the source serve the slot no more. On MySQL and MariaDB this waits for statements
         under way, as the barrier does elsewhere."""
         source, wanted = run.ends.source, after(Act.FENCE, run.pair, run.mine.move_id)
+        if not run.holds_up:
+            await self._calm.end()
+            run.holds_up = True
         run.fenced_at = asyncio.get_running_loop().time()
         self._report(run, Phase.FROZEN)
 
@@ -371,7 +391,8 @@ class Mover:
             await change_row(connection, target.tables, run.pair.target, wanted.target)
 
         try:
-            await target.transact(act)
+            async with copying.reading_ahead():
+                await target.transact(act)
         except AtSourceError as failure:
             raise failure.error from failure
         run.pair = wanted
