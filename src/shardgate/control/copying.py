@@ -15,13 +15,15 @@ are never older than the revision that is written with them.
 from __future__ import annotations
 
 import asyncio
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from shardgate.errors import VerificationFailed
 from shardgate.records import hold_row
+from shardgate.settling import together
 from shardgate.sql.moving import (
     Content,
     Digests,
@@ -56,6 +58,8 @@ if TYPE_CHECKING:
     from shardgate.sql.purge import OpKey
 
 T = TypeVar("T")
+K = TypeVar("K", bound=tuple[Any, ...])
+C = TypeVar("C", bound=Collection[Any])
 
 PAGE = 200
 """Sessions that are compared at a time."""
@@ -150,7 +154,6 @@ class Copying:
     beat: Callable[[], Awaitable[None]]
     tenants: set[str] = field(default_factory=set)
     calm: Calm | None = None
-    _ahead: dict[Any, asyncio.Task[Any]] = field(default_factory=dict)
 
     async def copy(self, *, checks: bool = False) -> int:
         """One pass while the source may be serving; how many sessions and operations differed.
@@ -193,38 +196,12 @@ class Copying:
         Raises:
             VerificationFailed: the target does not read what was just written to it.
         """
+        self.calm = None
 
         async def at_once(act: Callable[[AsyncConnection], Awaitable[T]]) -> T:
             return await act(connection)
 
         return await self._pass(Site(at_once, at_once, urgent=True), checks=True)
-
-    @asynccontextmanager
-    async def reading_ahead(self) -> AsyncIterator[None]:
-        """Have what ``settle`` asks the source first read already, while the target is locked.
-
-        The source is fenced: it does not change.
-        """
-        self.calm = None
-        firsts = ((read_versions, PAGE), (read_op_keys, OPS_PAGE))
-        self._ahead = {
-            read: asyncio.create_task(self._ask(read, span=self.span, after=None, limit=limit))
-            for read, limit in firsts
-        }
-        try:
-            yield
-        finally:
-            ahead, self._ahead = list(self._ahead.values()), {}
-            for task in ahead:
-                task.cancel()
-            await asyncio.gather(*ahead, return_exceptions=True)
-
-    async def _first_or_next(self, read: Any, *, after: Any, limit: int) -> Any:
-        """A page of the source's."""
-        ahead = self._ahead.get(read) if after is None else None
-        if ahead is not None:
-            return await ahead
-        return await self._ask(read, span=self.span, after=after, limit=limit)
 
     async def _pass(self, site: Site, *, checks: bool = False, compares: bool = False) -> int:
         differences = 0
@@ -247,14 +224,27 @@ class Copying:
         """The versions of the slot's sessions on the source and on the target, side by side."""
         after: SessionKey | None = None
         while True:
-            theirs = await self._first_or_next(read_versions, after=after, limit=PAGE)
-            last = list(theirs)[-1] if len(theirs) == PAGE else None
-            read = partial(read_versions, span=self.span, after=after, last=last)
-            ours = await site.read(self._on_target(read))
+            theirs, ours, last = await self._page(site, read_versions, after=after, limit=PAGE)
             yield theirs, ours
             if last is None:
                 return
             after = last
+
+    async def _page(
+        self, site: Site, read: Callable[..., Awaitable[C]], *, after: K | None, limit: int
+    ) -> tuple[C, C, K | None]:
+        """A page of the source's, what the target has in its place, and where it ends if it is not
+        the last one. Both are asked at the same time; the order of keys is that of bytes here, too.
+        """
+        page = partial(read, span=self.span, after=after, limit=limit)
+        theirs, ours = await together((self._ask(page), site.read(self._on_target(page))))
+        if len(theirs) < limit and len(ours) < limit:
+            return theirs, ours, None
+        last = list(theirs)[-1] if len(theirs) == limit else None
+        if last is not None and (len(ours) < limit or list(ours)[-1] >= last):
+            return theirs, up_to(last, ours), last
+        rest = partial(read, span=self.span, after=after, last=last)
+        return theirs, await site.read(self._on_target(rest)), last
 
     def _contents(
         self,
@@ -340,14 +330,10 @@ class Copying:
 
     async def _pass_ops(self, site: Site) -> int:
         """Bring the operations level: they outlive their sessions, and are never changed."""
-        differences, after, tables = 0, None, self.ends.target.tables
+        after: OpKey | None = None
+        differences, tables = 0, self.ends.target.tables
         while True:
-            theirs: list[OpKey] = await self._first_or_next(
-                read_op_keys, after=after, limit=OPS_PAGE
-            )
-            last = theirs[-1] if len(theirs) == OPS_PAGE else None
-            read = partial(read_op_keys, span=self.span, after=after, last=last)
-            ours: list[OpKey] = await site.read(self._on_target(read))
+            theirs, ours, last = await self._page(site, read_op_keys, after=after, limit=OPS_PAGE)
             missing, extra = sorted(set(theirs) - set(ours)), sorted(set(ours) - set(theirs))
             await self._admit(site, {key.tenant_id for key in theirs})
             if missing:
@@ -372,9 +358,11 @@ class Copying:
         await self.pace.spend(sum(version.byte_count for version in versions.values()))
 
     async def _compare_small(self, keys: list[SessionKey]) -> None:
-        theirs: dict[SessionKey, Digests] = await self._ask(read_digests, keys=keys)
-        ours: dict[SessionKey, Digests] = await self.ends.target.query(
-            self._on_target(partial(read_digests, keys=keys))
+        read: Any = partial(read_digests, keys=keys)
+        theirs: dict[SessionKey, Digests]
+        ours: dict[SessionKey, Digests]
+        theirs, ours = await together(
+            (self._ask(read), self.ends.target.query(self._on_target(read)))
         )
         for key in theirs.keys() & ours.keys():
             if theirs[key].contradict(ours[key]):
@@ -430,6 +418,13 @@ class Copying:
         self, read: Callable[..., Awaitable[T]]
     ) -> Callable[[AsyncConnection], Awaitable[T]]:
         return partial(read, tables=self.ends.target.tables)
+
+
+def up_to(last: Any, found: Any) -> Any:
+    """What was found, a dictionary or a list in order, without what comes after a key."""
+    if isinstance(found, dict):
+        return {key: value for key, value in found.items() if key <= last}
+    return [key for key in found if key <= last]
 
 
 def is_large(version: Version) -> bool:

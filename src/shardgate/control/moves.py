@@ -391,8 +391,7 @@ class Mover:
             await change_row(connection, target.tables, run.pair.target, wanted.target)
 
         try:
-            async with copying.reading_ahead():
-                await target.transact(act)
+            await target.transact(act)
         except AtSourceError as failure:
             raise failure.error from failure
         run.pair = wanted

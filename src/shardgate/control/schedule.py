@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from shardgate.control.moves import MoveEvent, Mover
     from shardgate.control.rebalance import PlannedMove
 
-AT_ONCE = 4
-"""Slots that are moved at a time, where nothing else is said."""
+AT_ONCE = 2
+"""Slots that are moved at a time, where nothing else is said: while one is frozen, another one is
+not copied, so more of them only make each other's freezes longer."""
 _TELL_SECONDS = 0.5
 """How often the shards are told which slots have moved, all of them at once."""
 _FAILURES = 5
