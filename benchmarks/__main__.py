@@ -12,7 +12,7 @@ from rich.console import Console
 
 from benchmarks import about, charts, readme, report
 from benchmarks.options import read_options
-from benchmarks.parts import exchange, growth, routing, wal
+from benchmarks.parts import exchange, growth, moves, routing, wal
 from benchmarks.parts.cast import Run
 from benchmarks.results import Results
 from benchmarks.servers import MissingError, Servers
@@ -30,6 +30,7 @@ PARTS: dict[str, Callable[[Run, Servers], Awaitable[None]]] = {
     "history": growth.against_history,
     "sessions": growth.against_sessions,
     "shards": growth.against_shards,
+    "moves": moves.measure,
 }
 
 

@@ -61,6 +61,8 @@ def draw(results: Results, folder: Path) -> list[Path]:
     plot = require("matplotlib.pyplot")
     drawn = [_callers(plot, results, part, folder) for part in LOADS if results.find(part)]
     drawn += [_growth(plot, results, part, folder) for part in GROWTHS if results.find(part)]
+    if results.moves:
+        drawn.append(_moves(plot, results.moves, folder))
     return drawn
 
 
@@ -90,6 +92,22 @@ def _growth(plot: Any, results: Results, part: str, folder: Path) -> Path:
     axes.set(xscale="log", yscale="log", xlabel=GROWTHS[part], ylabel="p50 of an exchange, ms")
     axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
     return _save(plot, figure, axes, folder / f"{part}.{_FORMAT}")
+
+
+def _moves(plot: Any, moves: dict[str, Any], folder: Path) -> Path:
+    """The callers' throughput and p99, second by second, and the time in which slots move."""
+    figure, (above, below) = plot.subplots(2, 1, figsize=(10, 6), sharex=True)
+    places = [second["at"] + 0.5 for second in moves["timeline"]]
+    above.plot(places, [second["rate"] for second in moves["timeline"]], label="throughput")
+    above.set(ylabel="exchanges per second", title=f"{moves['slots']:,} slots move to a new shard")
+    below.plot(places, [second["p99"] for second in moves["timeline"]], label="p99", color="C1")
+    below.set(xlabel="seconds", ylabel="p99 of an exchange, ms")
+    for axes in (above, below):
+        axes.axvspan(0, moves["seconds"], alpha=0.15, color="green", label="slots move")
+        axes.set_ylim(bottom=0)
+    above.grid(visible=True, alpha=0.3)
+    above.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.01, 0.5))
+    return _save(plot, figure, below, folder / f"moves.{_FORMAT}")
 
 
 def _save(plot: Any, figure: Any, axes: Any, path: Path) -> Path:

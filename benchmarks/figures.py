@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.load import percentile
 
 if TYPE_CHECKING:
     from benchmarks.load import Slice
@@ -26,3 +28,9 @@ def p99(found: Slice) -> float:
 def cpu(found: Slice) -> float:
     """Microseconds of the callers' process for one exchange."""
     return found.cpu_each * 1e6
+
+
+def freeze_figures(moves: dict[str, Any]) -> tuple[float, float, float]:
+    """For how many milliseconds slots were frozen: the median, p99, the longest."""
+    freezes = moves["freezes_ms"] or [0.0]
+    return percentile(freezes, 0.5), percentile(freezes, 0.99), freezes[-1]

@@ -9,12 +9,12 @@ import time
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from itertools import cycle
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from benchmarks.contestants.base import Contestant, Name
+    from benchmarks.contestants.base import Contestant, Name, Session
 
 READ = 20
 """How many of the newest items an exchange reads."""
@@ -40,7 +40,15 @@ class WrongHistoryError(Exception):
     """A contestant did not return what was stored: its speed would mean nothing."""
 
 
-async def exchange(contestant: Contestant, name: Name) -> None:
+class Exchanger(Protocol):
+    """Who makes handles of sessions."""
+
+    title: ClassVar[str]
+
+    def session(self, name: Name) -> Session: ...
+
+
+async def exchange(contestant: Exchanger, name: Name) -> None:
     """Make a handle, read the newest items, append two."""
     session = contestant.session(name)
     history = await session.get_items(READ)
@@ -116,8 +124,8 @@ async def run_slice(
         exchanges=len(latencies),
         elapsed=elapsed,
         cpu=used,
-        p50=_percentile(latencies, 0.50),
-        p99=_percentile(latencies, 0.99),
+        p50=percentile(latencies, 0.50),
+        p99=percentile(latencies, 0.99),
         errors=dict(errors),
     )
 
@@ -150,7 +158,8 @@ def shares(names: list[Name], callers: int) -> list[Iterator[Name]]:
     return [cycle(mixed[caller::callers]) for caller in range(callers)]
 
 
-def _percentile(ordered: list[float], share: float) -> float:
+def percentile(ordered: list[float], share: float) -> float:
+    """The value that ``share`` of the values in order are not above; 0 of none."""
     if not ordered:
         return 0.0
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))]

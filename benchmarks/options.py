@@ -6,7 +6,17 @@ import argparse
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-PARTS = ("exchange", "mariadb", "sqlite", "history", "sessions", "shards", "wal", "routing")
+PARTS = (
+    "exchange",
+    "mariadb",
+    "sqlite",
+    "history",
+    "sessions",
+    "shards",
+    "wal",
+    "routing",
+    "moves",
+)
 RESULTS = Path(__file__).with_name("results")
 
 
@@ -28,6 +38,9 @@ class Options:
     connections: int = 32
     servers: int = 1
     appends: int = 1_000
+    moved_sessions: int = 20_000
+    moved_history: int = 50
+    quiet_seconds: float = 15.0
     results: Path = RESULTS
     write_readme: bool = False
 
@@ -37,7 +50,7 @@ class Options:
 
 
 QUICK = Options(
-    parts=("exchange", "mariadb", "sqlite", "history", "shards", "routing"),
+    parts=("exchange", "mariadb", "sqlite", "history", "shards", "routing", "moves"),
     callers=(1, 32, 128),
     shards=(1, 4),
     histories=(20, 2000),
@@ -47,6 +60,9 @@ QUICK = Options(
     seconds=0.25,
     warm_up=0.2,
     appends=200,
+    moved_sessions=2_000,
+    moved_history=25,
+    quiet_seconds=4.0,
 )
 
 
@@ -68,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Measure Shardgate beside its peers, on servers that this starts itself.",
     )
     add = parser.add_argument
-    add("--quick", action="store_true", help="shorter, without wal and sessions: two minutes")
+    add("--quick", action="store_true", help="shorter, without wal and sessions: three minutes")
     add("--only", dest="parts", type=_words, metavar="PARTS", help=f"of {','.join(PARTS)}")
     add("--contestants", type=_words, metavar="NAMES", help="for example gateway,raw,sdk")
     add("--callers", type=_numbers, metavar="N,N", help="callers at the same time (exchange)")

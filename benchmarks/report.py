@@ -39,4 +39,8 @@ def ours_failed(results: Results) -> bool:
         for title, reason in found.items()
         if title in titles
     )
-    return errors or missing
+    moves = results.moves
+    moves_failed = bool(moves) and bool(
+        moves["failed"] or moves["not_moved"] or moves["items_found"] != moves["items_expected"]
+    )
+    return errors or missing or moves_failed

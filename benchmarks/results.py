@@ -44,6 +44,7 @@ class Results:
     multixacts: list[dict[str, Any]] = field(default_factory=list)
     routing: list[dict[str, Any]] = field(default_factory=list)
     handles: dict[str, float] = field(default_factory=dict)
+    moves: dict[str, Any] = field(default_factory=dict)
 
     def find(self, part: str, **where: Any) -> list[Slice]:
         """The slices of a part whose fields have these values, in the order of their rounds."""

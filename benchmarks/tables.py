@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.contestants.ours import ThroughGateway
-from benchmarks.figures import cpu, p50, p99, rate
+from benchmarks.figures import cpu, freeze_figures, p50, p99, rate
 from benchmarks.results import digits
 from benchmarks.targets import TARGETS
 
@@ -46,6 +46,8 @@ def _all(results: Results) -> Iterator[Table]:
     yield _wal(results)
     yield _multixacts(results)
     yield _routing(results)
+    yield _moves(results)
+    yield _callers_of_moves(results)
     yield _missing(results)
 
 
@@ -162,6 +164,48 @@ def _routing(results: Results) -> Table:
     return Table("A handle and its route, without a database: µs", ["", ""], rows)
 
 
+def _moves(results: Results) -> Table:
+    found = results.moves
+    if not found:
+        return Table("", [], [])
+    freezes = " / ".join(map(digits, freeze_figures(found)))
+    lost = found["items_expected"] - found["items_found"]
+    rows = [
+        ["slots moved", f"{found['slots']:,}"],
+        ["seconds", _cell(found["seconds"])],
+        ["items copied", f"{found['items_copied']:,}"],
+        ["items copied in a second", _cell(found["items_each_second"])],
+        ["MB copied in a second", _cell(found["bytes_copied"] / found["seconds"] / 1e6)],
+        ["items whose digests were compared", f"{found['items_verified']:,}"],
+        ["for how long a slot was frozen, ms: p50 / p99 / longest", freezes],
+        ["moves that have stepped back and were made later", f"{found['stepped_back']:,}"],
+        ["moves that were not made", f"{sum(found['not_moved'].values()):,}"],
+        ["calls that failed", f"{sum(found['failed'].values()):,}"],
+        ["items at the end, and lost of them", f"{found['items_found']:,} / {lost:,}"],
+    ]
+    title = (
+        f"Moves: {found['items']:,} items in {found['sessions']:,} sessions on {found['shards']} "
+        f"PostgreSQL shards; one more joins and is filled, under {found['callers']} callers"
+    )
+    return Table(title, ["", ""], rows)
+
+
+def _callers_of_moves(results: Results) -> Table:
+    phases = results.moves.get("phases", {})
+    figures = {
+        "exchanges per second": "rate",
+        "p50, ms": "p50",
+        "p99, ms": "p99",
+        "longest, ms": "longest",
+    }
+    rows = [
+        [text, *(_cell(phase[figure]) for phase in phases.values())]
+        for text, figure in figures.items()
+        if phases
+    ]
+    return Table("The callers before, during and after the moves", ["", *phases], rows)
+
+
 def _missing(results: Results) -> Table:
     rows = [
         [part, title, reason]
@@ -172,6 +216,9 @@ def _missing(results: Results) -> Table:
         for key, counts in results.errors(part).items():
             said = ", ".join(f"{count} {name}" for name, count in counts.items())
             rows.append([part, results.titles[part][key], f"errors: {said}"])
+    for what in ("not_moved", "failed"):
+        for reason, count in results.moves.get(what, {}).items():
+            rows.append(["moves", what.replace("_", " "), f"{count} times: {reason}"])
     return Table("Not run, or not without errors", ["part", "", "why"], rows)
 
 

@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.contestants.ours import ThroughGateway
-from benchmarks.figures import p50, p99, rate
+from benchmarks.figures import freeze_figures, p50, p99, rate
 from benchmarks.results import Ratio
 
 if TYPE_CHECKING:
@@ -76,6 +76,20 @@ def _retained(results: Results) -> Ratio | None:
     return Ratio(each, each, each)
 
 
+def _frozen(results: Results) -> Ratio | None:
+    if not results.moves.get("freezes_ms"):
+        return None
+    _, most, longest = freeze_figures(results.moves)
+    return Ratio(most, results.moves["freezes_ms"][0], longest)
+
+
+def _failed_calls(results: Results) -> Ratio | None:
+    if not results.moves:
+        return None
+    failed = float(sum(results.moves["failed"].values()))
+    return Ratio(failed, failed, failed)
+
+
 def _on(
     part: str, callers: int, peer: str, figure: Callable[[Any], float] = rate
 ) -> Callable[[Results], Ratio | None]:
@@ -115,4 +129,6 @@ TARGETS = (
         _NO_LESS,
         partial(_grown, part="shards", figure=rate, callers=32),
     ),
+    Target("moves: p99 of how long a slot is frozen, ms", 150, _frozen, at_most=True),
+    Target("moves: calls that failed", 0, _failed_calls, at_most=True),
 )

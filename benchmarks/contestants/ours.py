@@ -14,15 +14,18 @@ if TYPE_CHECKING:
 DURABLE = "the server's: each append is on disk before it returns"
 
 
-def settings_at(urls: dict[str, str], connections: int) -> GatewaySettings:
-    """Settings for shards at these URLs; the connections are shared out among them."""
+def settings_at(
+    urls: dict[str, str], connections: int, *, deadline: float | None = 600
+) -> GatewaySettings:
+    """Settings for shards at these URLs; the connections are shared out among them. ``deadline`` is
+    in seconds; None: the one that there is where nobody sets another one."""
     return GatewaySettings.from_dict(
         {
             "shards": {name: {"url": url} for name, url in urls.items()},
             "keyspaces": {"main": {}},
-            "operation_deadline": 600,
             "engine_kwargs": engine_options(max(1, connections // len(urls))),
         }
+        | ({} if deadline is None else {"operation_deadline": deadline})
     )
 
 

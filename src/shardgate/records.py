@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from sqlalchemy import and_, insert, inspect, select, update
+from sqlalchemy import and_, bindparam, exists, insert, inspect, select, update
 from sqlalchemy.exc import IntegrityError
 
 from shardgate.errors import ShardUnavailable
@@ -24,8 +24,9 @@ from shardgate.shards import ask_all
 from shardgate.sql.transactions import utc_now
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine, Mapping
+    from collections.abc import Coroutine, Iterable, Mapping, Sequence
 
+    from sqlalchemy import Update
     from sqlalchemy.ext.asyncio import AsyncConnection
 
     from shardgate.errors import ShardgateError
@@ -185,8 +186,11 @@ async def lock_map(connection: AsyncConnection, tables: Tables) -> None:
 
 async def bump_map(connection: AsyncConnection, tables: Tables) -> None:
     """Say that the slot map has changed: whoever remembers it has to read it again."""
-    version = tables.shard.c.map_version
-    await connection.execute(update(tables.shard).values(map_version=version + 1))
+    await connection.execute(_bumped(tables))
+
+
+def _bumped(tables: Tables) -> Update:
+    return update(tables.shard).values(map_version=tables.shard.c.map_version + 1)
 
 
 async def publish(shards: Mapping[str, Shard], identities: Mapping[str, Identity]) -> None:
@@ -196,30 +200,37 @@ async def publish(shards: Mapping[str, Shard], identities: Mapping[str, Identity
     its peers know, never behind. This is how a copy from before the change is found out.
     """
     await together(
-        shard.tell(partial(_publish, tables=shard.tables, identities=identities))
+        shard.tell(partial(_publish, tables=shard.tables, identities=identities.values()))
         for shard in shards.values()
     )
 
 
-async def record_move(
+async def record_moves(
     connection: AsyncConnection,
     *,
     tables: Tables,
-    slot: int,
-    owner: str,
-    epoch: int,
-    hints: bool,
-    identities: Mapping[str, Identity],
+    hints: Sequence[SlotRow],
+    identities: Iterable[Identity],
 ) -> None:
-    """Record who owns a slot now and how far the slot maps of these shards have come.
+    """Record who owns slots now and how far the slot maps of these shards have come.
 
-    ``hints``: the shard is neither end of the move, so it has only heard of it.
+    ``hints``: of moves that the shard is neither end of, so it has only heard of them; in order.
     """
     slots = tables.slots
     if hints:
-        older = (slots.c.slot == slot, slots.c.state == ELSEWHERE, slots.c.epoch < epoch)
-        hint = update(slots).where(*older)
-        await connection.execute(hint.values(owner=owner, epoch=epoch, changed_at=utc_now()))
+        of = bindparam("of", type_=slots.c.slot.type)
+        newer = bindparam("newer", type_=slots.c.epoch.type)
+        hint = update(slots).where(
+            slots.c.slot == of, slots.c.state == ELSEWHERE, slots.c.epoch < newer
+        )
+        owner = bindparam("by", type_=slots.c.owner.type)
+        await connection.execute(
+            hint.values(owner=owner, epoch=newer, changed_at=utc_now()),
+            [
+                {"of": row.slot, "by": row.owner, "newer": row.epoch}
+                for row in sorted(hints, key=lambda row: (row.slot, row.epoch))
+            ],
+        )
     await _publish(connection, tables=tables, identities=identities)
 
 
@@ -248,19 +259,17 @@ async def read_ages(connection: AsyncConnection, tables: Tables) -> dict[int, fl
 
 
 async def _publish(
-    connection: AsyncConnection, *, tables: Tables, identities: Mapping[str, Identity]
+    connection: AsyncConnection, *, tables: Tables, identities: Iterable[Identity]
 ) -> None:
+    known = [{"of": one.shard_uuid, "newer": one.map_version} for one in identities]
+    if not known:
+        return
     await lock_map(connection, tables)
     peers = tables.peers
-    for identity in identities.values():
-        await connection.execute(
-            update(peers)
-            .where(
-                peers.c.shard_uuid == identity.shard_uuid,
-                peers.c.map_version < identity.map_version,
-            )
-            .values(map_version=identity.map_version, updated_at=utc_now())
-        )
+    of = bindparam("of", type_=peers.c.shard_uuid.type)
+    newer = bindparam("newer", type_=peers.c.map_version.type)
+    behind = update(peers).where(peers.c.shard_uuid == of, peers.c.map_version < newer)
+    await connection.execute(behind.values(map_version=newer, updated_at=utc_now()), known)
 
 
 @dataclass(frozen=True, slots=True)
@@ -308,12 +317,15 @@ async def change_row(
     """
     slots = tables.slots
     as_before = [slots.c[field] == value for field, value in _values(before).items()]
-    changed = await connection.execute(
-        update(slots).where(*as_before).values(**_values(after), changed_at=utc_now())
-    )
-    if changed.rowcount == 0:
+    change = update(slots).where(*as_before).values(**_values(after), changed_at=utc_now())
+    bumps = (before.state == OWNED) != (after.state == OWNED)
+    at_once = bumps and connection.dialect.name == "postgresql"
+    if at_once:  # one round trip less while nobody serves the slot
+        changed = exists().select_from(change.returning(slots.c.slot).cte("changed"))
+        change = _bumped(tables).where(changed)
+    if (await connection.execute(change)).rowcount == 0:
         return await read_row(connection, tables, after.slot) == after
-    if (before.state == OWNED) != (after.state == OWNED):
+    if bumps and not at_once:
         await bump_map(connection, tables)
     return True
 

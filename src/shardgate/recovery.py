@@ -169,12 +169,11 @@ async def wait_for_move(source: Shard, slot: int, shards: Mapping[str, Shard]) -
             seen, since = row, clock()
         target = shards.get(row.peer or "")
         if target is not None:
-            ends = Ends(source, target, slot)
-            pair = await look(ends)
+            pair = Pair(_uuid(source), _uuid(target), row, await read_slot(target, slot))
             if pair.is_decided:
                 return handover.release(pair)
             if clock() - since > ORPHANED_SECONDS:
                 since = clock()
                 with suppress(ShardgateError):
-                    await end_move(ends)
+                    await end_move(Ends(source, target, slot))
         await asyncio.sleep(POLL_SECONDS)

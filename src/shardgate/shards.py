@@ -354,6 +354,8 @@ class Database:
         self, action: Callable[[AsyncConnection], Awaitable[T]], attempt: Attempt
     ) -> T:
         async with self._only_user(), self.engine.connect() as connection:
+            if self.dialect.begins:  # each statement sees what is committed, with it or without
+                await connection.execution_options(isolation_level="AUTOCOMMIT")
             await self._admit_sqlalchemy(connection, attempt)
             attempt.sent = True
             return await action(connection)

@@ -538,7 +538,7 @@ async def test_a_tenant_who_is_admitted_on_the_target_meanwhile(
         fence = mover._fence
 
         async def fence_after_a_change(run: Any) -> Any:
-            run.copying._tenants.clear()
+            run.copying.tenants.clear()
             await small.change("b", delete(target.tables.tenants))
             small.items = [item("late")]
             await small.session.add_items(small.items)

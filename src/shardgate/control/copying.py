@@ -2,8 +2,11 @@
 
 A pass walks the slot on both shards side by side, a page at a time, and brings the target level
 where the two differ. As long as the source serves, a pass leaves behind what has changed since; the
-last one, once the source is fenced, leaves nothing. Nothing is remembered from one pass to the next
-but which tenants the target knows, so it does not matter who has made those before.
+last one, once the source is fenced, leaves nothing. The second one compares the digests of all
+items, and those that come after it read what they have written: so nothing is left unverified that
+was written before the last one, which reads what it has written, too. Nothing is remembered from
+one pass to the next but which tenants the target knows, so it does not matter who has made those
+before.
 
 What differs is told by (incarnation, revision): a session's row is read before its items, so items
 are never older than the revision that is written with them.
@@ -12,12 +15,15 @@ are never older than the revision that is written with them.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from shardgate.errors import VerificationFailed
 from shardgate.records import hold_row
+from shardgate.settling import together
 from shardgate.sql.moving import (
     Content,
     Digests,
@@ -52,6 +58,8 @@ if TYPE_CHECKING:
     from shardgate.sql.purge import OpKey
 
 T = TypeVar("T")
+K = TypeVar("K", bound=tuple[Any, ...])
+C = TypeVar("C", bound=Collection[Any])
 
 PAGE = 200
 """Sessions that are compared at a time."""
@@ -87,19 +95,55 @@ class Pace:
         await asyncio.sleep(self._free_at - now)
 
 
+class Calm:
+    """Has copying wait while a slot is served by nobody, and slots be frozen one after the other.
+
+    All who move slots in a process share its one thread: what one of them does, another waits for.
+    Nobody waits longer than ``seconds``, so that a freeze that does not end holds up no other slot.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._frozen = 0
+        self._changed = asyncio.Event()
+
+    async def wait(self) -> None:
+        """Wait until no slot is frozen."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._seconds):
+                while self._frozen:
+                    await self._changed.wait()
+
+    async def end(self) -> None:
+        """Wait until no slot is frozen, and be the one that freezes his: ``begin`` ends that."""
+        await self.wait()
+        self._frozen += 1
+        self._changed.clear()
+
+    def begin(self) -> None:
+        """The slot is served again, or it is not known when it will be."""
+        self._frozen -= 1
+        if not self._frozen:
+            self._changed.set()
+
+
 @dataclass(frozen=True, slots=True)
 class Site:
     """How the target is read and written: by transactions of its own, or within one."""
 
     read: Callable[[Callable[[AsyncConnection], Awaitable[Any]]], Awaitable[Any]]
     write: Callable[[Callable[[AsyncConnection], Awaitable[Any]]], Awaitable[Any]]
+    urgent: bool = False
+    """Whether nobody serves the slot meanwhile."""
 
 
 @dataclass(slots=True)
 class Copying:
     """The copying of one slot under one claim: ``claim`` is the target's row while it holds.
 
-    ``beat`` is called every now and then, while nothing is urgent.
+    ``beat`` is called every now and then, while nothing is urgent. ``tenants`` are those that the
+    target is known to know: they are never removed. ``calm`` is waited for before each portion,
+    unless this very slot is served by nobody.
     """
 
     ends: Ends
@@ -108,24 +152,43 @@ class Copying:
     pace: Pace
     counts: Counts
     beat: Callable[[], Awaitable[None]]
-    _tenants: set[str] = field(default_factory=set)
+    tenants: set[str] = field(default_factory=set)
+    calm: Calm | None = None
 
-    async def copy(self) -> int:
+    async def copy(self, *, checks: bool = False) -> int:
         """One pass while the source may be serving; how many sessions and operations differed.
+
+        ``checks``: it reads what it has written.
 
         Raises:
             RowChanged: the claim holds no more.
+            VerificationFailed: the target does not read what was just written to it.
         """
+        return await self._pass(self._while_claimed(), checks=checks)
+
+    async def verify(self) -> int:
+        """As ``copy``; and compare the digests of all items on both shards.
+
+        Sessions may change meanwhile: then what both have is compared.
+
+        Raises:
+            VerificationFailed: an item is missing or is another one.
+        """
+        return await self._pass(self._while_claimed(), compares=True)
+
+    def _while_claimed(self) -> Site:
         target = self.ends.target
 
         async def write(act: Callable[[AsyncConnection], Awaitable[T]]) -> T:
+            await self._wait_for_calm()
+
             async def claimed(connection: AsyncConnection) -> T:
                 await hold_row(connection, target.tables, self.claim)
                 return await act(connection)
 
             return await target.transact(claimed)
 
-        return await self._pass(Site(target.query, write))
+        return Site(target.query, write)
 
     async def settle(self, connection: AsyncConnection) -> int:
         """The last pass, on a connection to the target, when the source is fenced.
@@ -133,13 +196,14 @@ class Copying:
         Raises:
             VerificationFailed: the target does not read what was just written to it.
         """
+        self.calm = None
 
         async def at_once(act: Callable[[AsyncConnection], Awaitable[T]]) -> T:
             return await act(connection)
 
-        return await self._pass(Site(at_once, at_once), verifies=True)
+        return await self._pass(Site(at_once, at_once, urgent=True), checks=True)
 
-    async def _pass(self, site: Site, *, verifies: bool = False) -> int:
+    async def _pass(self, site: Site, *, checks: bool = False, compares: bool = False) -> int:
         differences = 0
         async for theirs, ours in self._pages(site):
             await self._admit(site, {key.tenant_id for key in theirs})
@@ -148,7 +212,9 @@ class Copying:
             changed = {key: ours.get(key) for key in theirs if ours.get(key) != theirs[key]}
             for content in self._contents(theirs, changed):
                 async for batch in content:
-                    await self._put(site, batch, verifies=verifies)
+                    await self._put(site, batch, checks=checks)
+            if compares:
+                await self._compare(theirs)
             differences += len(gone) + len(changed)
         return differences + await self._pass_ops(site)
 
@@ -158,14 +224,27 @@ class Copying:
         """The versions of the slot's sessions on the source and on the target, side by side."""
         after: SessionKey | None = None
         while True:
-            theirs = await self._ask(read_versions, span=self.span, after=after, limit=PAGE)
-            last = list(theirs)[-1] if len(theirs) == PAGE else None
-            read = partial(read_versions, span=self.span, after=after, last=last)
-            ours = await site.read(self._on_target(read))
+            theirs, ours, last = await self._page(site, read_versions, after=after, limit=PAGE)
             yield theirs, ours
             if last is None:
                 return
             after = last
+
+    async def _page(
+        self, site: Site, read: Callable[..., Awaitable[C]], *, after: K | None, limit: int
+    ) -> tuple[C, C, K | None]:
+        """A page of the source's, what the target has in its place, and where it ends if it is not
+        the last one. Both are asked at the same time; the order of keys is that of bytes here, too.
+        """
+        page = partial(read, span=self.span, after=after, limit=limit)
+        theirs, ours = await together((self._ask(page), site.read(self._on_target(page))))
+        if len(theirs) < limit and len(ours) < limit:
+            return theirs, ours, None
+        last = list(theirs)[-1] if len(theirs) == limit else None
+        if last is not None and (len(ours) < limit or list(ours)[-1] >= last):
+            return theirs, up_to(last, ours), last
+        rest = partial(read, span=self.span, after=after, last=last)
+        return theirs, await site.read(self._on_target(rest)), last
 
     def _contents(
         self,
@@ -202,17 +281,17 @@ class Copying:
                 return
             since = below
 
-    async def _put(self, site: Site, contents: list[Content], *, verifies: bool) -> None:
+    async def _put(self, site: Site, contents: list[Content], *, checks: bool) -> None:
         tables = self.ends.target.tables
         await site.write(partial(put_sessions, tables=tables, contents=contents))
-        if verifies:
+        if checks:
             for content in contents:
                 await self._check_written(site, content)
         size = sum(content.nbytes for content in contents)
         self.counts.sessions += sum(content.whole for content in contents)
         self.counts.items += sum(len(content.items) for content in contents)
         self.counts.nbytes += size
-        if not verifies:
+        if not site.urgent:
             await self.beat()
             await self.pace.spend(size)
 
@@ -242,23 +321,19 @@ class Copying:
 
     async def _admit(self, site: Site, tenant_ids: set[str]) -> None:
         """Have the target know the tenants as the source does: a stranger would be admitted."""
-        unknown = tenant_ids - self._tenants
+        unknown = tenant_ids - self.tenants
         if unknown:
             rows = await self._ask(read_tenants, tenant_ids=unknown)
             put = partial(put_tenants, tables=self.ends.target.tables, rows=rows)
             await site.write(put)
-            self._tenants |= unknown
+            self.tenants |= unknown
 
     async def _pass_ops(self, site: Site) -> int:
         """Bring the operations level: they outlive their sessions, and are never changed."""
-        differences, after, tables = 0, None, self.ends.target.tables
+        after: OpKey | None = None
+        differences, tables = 0, self.ends.target.tables
         while True:
-            theirs: list[OpKey] = await self._ask(
-                read_op_keys, span=self.span, after=after, limit=OPS_PAGE
-            )
-            last = theirs[-1] if len(theirs) == OPS_PAGE else None
-            read = partial(read_op_keys, span=self.span, after=after, last=last)
-            ours: list[OpKey] = await site.read(self._on_target(read))
+            theirs, ours, last = await self._page(site, read_op_keys, after=after, limit=OPS_PAGE)
             missing, extra = sorted(set(theirs) - set(ours)), sorted(set(ours) - set(theirs))
             await self._admit(site, {key.tenant_id for key in theirs})
             if missing:
@@ -271,42 +346,36 @@ class Copying:
                 return differences
             after = last
 
-    async def verify(self) -> None:
-        """Compare the digests of all items on both shards.
+    async def _compare(self, versions: Mapping[SessionKey, Version]) -> None:
+        """Compare the digests of sessions that were level a moment ago."""
+        for key, version in versions.items():
+            if is_large(version):
+                await self._compare_large(key, version)
+        small = [key for key in versions if not is_large(versions[key])]
+        for batch in batches(small, versions):
+            await self._compare_small(batch)
+            await self.beat()
+        await self.pace.spend(sum(version.byte_count for version in versions.values()))
 
-        Sessions may have changed since they were copied: then what both have is compared.
-
-        Raises:
-            VerificationFailed: an item is missing or is another one.
-        """
-        target = self.ends.target
-        async for theirs, ours in self._pages(Site(target.query, target.transact)):
-            both = [key for key in theirs if key in ours]
-            for key in both:
-                if is_large(theirs[key]):
-                    await self._verify_large(key, theirs[key], ours[key])
-                await self.pace.spend(theirs[key].byte_count)
-            small = [key for key in both if not is_large(theirs[key])]
-            for batch in batches(small, theirs):
-                await self._verify_small(batch)
-                await self.beat()
-
-    async def _verify_small(self, keys: list[SessionKey]) -> None:
-        theirs: dict[SessionKey, Digests] = await self._ask(read_digests, keys=keys)
-        ours: dict[SessionKey, Digests] = await self.ends.target.query(
-            self._on_target(partial(read_digests, keys=keys))
+    async def _compare_small(self, keys: list[SessionKey]) -> None:
+        read: Any = partial(read_digests, keys=keys)
+        theirs: dict[SessionKey, Digests]
+        ours: dict[SessionKey, Digests]
+        theirs, ours = await together(
+            (self._ask(read), self.ends.target.query(self._on_target(read)))
         )
         for key in theirs.keys() & ours.keys():
             if theirs[key].contradict(ours[key]):
                 raise self._failure(key)
             self.counts.verified += len(ours[key].of)
 
-    async def _verify_large(self, key: SessionKey, theirs: Version, ours: Version) -> None:
+    async def _compare_large(self, key: SessionKey, theirs: Version) -> None:
         """In portions, so not in one moment: what one has and the other has not is a failure if
-        both are, after that, what they were before it, and the same."""
+        both are, after that, what they were before it, and the same. Another item is a failure
+        unless it is one of another incarnation."""
         since: int | None = theirs.floor_seq
-        differs = False
-        while since is not None and theirs.incarnation == ours.incarnation:
+        lacks = contradicts = False
+        while since is not None:
             read = partial(read_digests_from, key=key, since=since, limit=MOST_ITEMS)
             expected = await self._ask(read)
             found = await self.ends.target.query(self._on_target(read))
@@ -314,17 +383,20 @@ class Copying:
             if since is not None:
                 found = {seq: digest for seq, digest in found.items() if seq < since}
             common = expected.keys() & found.keys()
-            if any(expected[seq] != found[seq] for seq in common):
-                raise self._failure(key)
-            differs |= expected.keys() != found.keys()
+            contradicts |= any(expected[seq] != found[seq] for seq in common)
+            lacks |= expected.keys() != found.keys()
             self.counts.verified += len(common)
-        if differs and theirs == ours == await self._version(key):
+        if (lacks or contradicts) and await self._fails(key, theirs, contradicts=contradicts):
             raise self._failure(key)
 
-    async def _version(self, key: SessionKey) -> Version | None:
-        """How far a session is on the source by now."""
-        one = Span(key.h, key.h)
-        return (await self._ask(read_versions, span=one)).get(key)
+    async def _fails(self, key: SessionKey, before: Version, *, contradicts: bool) -> bool:
+        """Whether what was found of a session cannot come from changes meanwhile."""
+        read = partial(read_versions, span=Span(key.h, key.h))
+        theirs = (await self._ask(read)).get(key)
+        ours = (await self.ends.target.query(self._on_target(read))).get(key)
+        if theirs is None or ours is None or theirs.incarnation != ours.incarnation:
+            return False
+        return contradicts or before == theirs == ours
 
     def _failure(self, key: SessionKey) -> VerificationFailed:
         return VerificationFailed(
@@ -334,13 +406,25 @@ class Copying:
         )
 
     async def _ask(self, read: Callable[..., Awaitable[T]], **values: Any) -> T:
+        await self._wait_for_calm()
         source = self.ends.source
         return await source.query(partial(read, tables=source.tables, **values))
+
+    async def _wait_for_calm(self) -> None:
+        if self.calm is not None:
+            await self.calm.wait()
 
     def _on_target(
         self, read: Callable[..., Awaitable[T]]
     ) -> Callable[[AsyncConnection], Awaitable[T]]:
         return partial(read, tables=self.ends.target.tables)
+
+
+def up_to(last: Any, found: Any) -> Any:
+    """What was found, a dictionary or a list in order, without what comes after a key."""
+    if isinstance(found, dict):
+        return {key: value for key, value in found.items() if key <= last}
+    return [key for key in found if key <= last]
 
 
 def is_large(version: Version) -> bool:

@@ -16,7 +16,8 @@ from enum import Enum
 from functools import partial
 from typing import TYPE_CHECKING
 
-from shardgate.control.copying import Copying, Counts, Pace
+from shardgate.control.copying import Calm, Copying, Counts, Pace
+from shardgate.control.recording import Recorder
 from shardgate.control.standbys import check_commits
 from shardgate.errors import (
     FreezeTooLong,
@@ -31,13 +32,11 @@ from shardgate.records import (
     RowChangedError,
     change_row,
     hold_row,
-    read_identity,
     read_row,
-    record_move,
     row_age,
 )
 from shardgate.recovery import Ends, after, end_move, look, new_mark, read_slot, take_step
-from shardgate.settling import settle, together
+from shardgate.settling import settle
 from shardgate.slots import slot_range
 from shardgate.sql.moving import Span, limit_lock_wait
 
@@ -47,8 +46,7 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
 
     from shardgate.agreement import Plan
-    from shardgate.handover import Pair, Progress, SlotRow
-    from shardgate.records import Identity
+    from shardgate.handover import Pair, Progress
     from shardgate.shards import Shard
 
 logger = logging.getLogger("shardgate")
@@ -136,6 +134,7 @@ class _Run:
     fenced_at: float | None = None
     frozen: float | None = None
     touched_at: float = 0.0
+    holds_up: bool = False
 
 
 class Mover:
@@ -155,9 +154,12 @@ class Mover:
         self._observe = observe
         self._pace = Pace(self.limits.bytes_per_second)
         self._checked: set[str] = set()
+        self._tenants: dict[str, set[str]] = {}
+        self._recorder = Recorder(shards)
+        self._calm = Calm(self.limits.freeze_seconds)
 
     async def move(
-        self, slot: int, source: str, target: str, *, takes_over: bool = False
+        self, slot: int, source: str, target: str, *, takes_over: bool = False, tells: bool = True
     ) -> MoveEvent:
         """Move a slot, or go on with its move from where that is.
 
@@ -166,6 +168,7 @@ class Mover:
             source: the name of the shard that owns it.
             target: the name of the shard that is to own it.
             takes_over: also where somebody else was at it a moment ago.
+            tells: have all shards record it before this returns; else ``tell`` has to be called.
 
         Returns:
             What was done by this call, and for how long the slot was frozen.
@@ -187,7 +190,7 @@ class Mover:
         counts = Counts()
         for attempt in range(self.limits.attempts):
             try:
-                return await self._attempt(ends, counts)
+                made = await self._attempt(ends, pair if attempt == 0 else await look(ends), counts)
             except MoveLost:
                 raise
             except OverBudgetError:
@@ -196,17 +199,26 @@ class Mover:
             except BaseException:
                 await settle(self._step_back(ends, counts))
                 raise
+            else:
+                if tells:
+                    await self.tell()
+                return made
         raise FreezeTooLong(
             f"slot {slot} could not be moved from shard {source!r} to {target!r} within "
             f"{self.limits.freeze_seconds:g} seconds of being served by nobody, "
             f"{self.limits.attempts} times: try when there is less to do, or allow more"
         )
 
+    async def tell(self) -> None:
+        """Have all shards that answer record what has moved, and was not recorded yet."""
+        await settle(self._recorder.flush())
+
     async def end(self, slot: int, source: str, target: str) -> Pair:
         """End a slot's move: one that is decided is finished, any other undone."""
         ends = Ends(self.shards[source], self.shards[target], slot)
         pair = await end_move(ends)
-        await self._record(ends, pair)
+        self._recorder.add(pair.source, ends)
+        await self.tell()
         return pair
 
     async def _check_standbys(self, ends: Ends) -> None:
@@ -224,20 +236,27 @@ class Mover:
                 f"else, who was seen {age:.0f} seconds ago"
             )
 
-    async def _attempt(self, ends: Ends, counts: Counts) -> MoveEvent:
-        run = _Run(ends, await look(ends), new_mark(), counts)
-        trouble_since: float | None = None
+    async def _attempt(self, ends: Ends, pair: Pair, counts: Counts) -> MoveEvent:
+        run = _Run(ends, pair, new_mark(), counts)
+        try:
+            return await self._take_all(run)
+        finally:
+            self._resume(run)
+
+    async def _take_all(self, run: _Run) -> MoveEvent:
+        ends, trouble_since = run.ends, None
         while True:
             act = next_act(run.pair, run.mine)
             if act is Act.LOST:
                 raise self._lost(run)
             if act is Act.DONE:
-                await self._record(ends, run.pair)
+                self._recorder.add(run.pair.source, ends)
                 return self._report(run, Phase.MOVED)
             try:
                 await self._take(act, run)
                 trouble_since = None
             except (TransientError, OutcomeUnknown) as error:
+                self._resume(run)
                 now = asyncio.get_running_loop().time()
                 trouble_since = trouble_since or now
                 if now - trouble_since > self.limits.patience_seconds:
@@ -268,8 +287,15 @@ class Mover:
             fences = act is Act.FENCE
             step = self._fence(run) if fences else take_step(act, run.pair, run.mine, run.ends)
             run.pair = await step or await look(run.ends)
-            if act is Act.RELEASE and run.fenced_at is not None:
-                run.frozen = asyncio.get_running_loop().time() - run.fenced_at
+        if run.fenced_at is not None and run.frozen is None and run.pair.is_decided:
+            run.frozen = asyncio.get_running_loop().time() - run.fenced_at
+            self._resume(run)
+
+    def _resume(self, run: _Run) -> None:
+        """Have others go on, who wait until no slot is frozen."""
+        if run.holds_up:
+            run.holds_up = False
+            self._calm.begin()
 
     async def _copy(self, run: _Run) -> None:
         """Bring the target level while the source serves, and verify it."""
@@ -280,21 +306,23 @@ class Mover:
             pace=self._pace,
             counts=run.counts,
             beat=partial(self._beat, run),
+            tenants=self._tenants.setdefault(run.ends.target.name, set()),
+            calm=self._calm if run.pair.source.state == OWNED else None,
         )
+        run.touched_at = asyncio.get_running_loop().time()
         self._report(run, Phase.COPYING)
-        await self._copy_until_level(run, copying)
+        await copying.copy()
         self._report(run, Phase.VERIFYING)
-        await copying.verify()
+        differences = await copying.verify()
         if run.pair.source.state == OWNED:
-            await self._copy_until_level(run, copying)
+            await self._copy_until_level(run, copying, differences)
         run.mine.copied = True
 
-    async def _copy_until_level(self, run: _Run, copying: Copying) -> None:
-        differences = await copying.copy()
+    async def _copy_until_level(self, run: _Run, copying: Copying, differences: int) -> None:
         for _ in range(_PASSES):
             if differences <= _FEW:
                 return
-            before, differences = differences, await copying.copy()
+            before, differences = differences, await copying.copy(checks=True)
             self._report(run, Phase.COPYING)
             if differences >= before:
                 return
@@ -315,6 +343,9 @@ class Mover:
         """Have the source serve the slot no more. On MySQL and MariaDB this waits for statements
         under way, as the barrier does elsewhere."""
         source, wanted = run.ends.source, after(Act.FENCE, run.pair, run.mine.move_id)
+        if not run.holds_up:
+            await self._calm.end()
+            run.holds_up = True
         run.fenced_at = asyncio.get_running_loop().time()
         self._report(run, Phase.FROZEN)
 
@@ -393,7 +424,8 @@ class Mover:
                     raise
                 await asyncio.sleep(_FIRST_PAUSE)
         self._observe(self._event(ends, counts, Phase.STEPPED_BACK))
-        await self._record(ends, pair)
+        self._recorder.add(pair.source, ends)
+        await self._recorder.flush()
 
     async def _is_frozen(self, ends: Ends) -> bool:
         try:
@@ -401,32 +433,6 @@ class Mover:
         except ShardgateError:
             return True
         return row.state == DRAINING
-
-    async def _record(self, ends: Ends, pair: Pair) -> None:
-        """Tell all shards that answer who owns the slot now, and how far the two have come."""
-        ends_read = await together(
-            shard.query(partial(read_identity, tables=shard.tables))
-            for shard in (ends.source, ends.target)
-        )
-        identities = {one.shard_uuid: one for one in ends_read if one is not None}
-        await together(self._tell(shard, pair.source, identities) for shard in self.shards.values())
-
-    async def _tell(self, shard: Shard, told: SlotRow, identities: Mapping[str, Identity]) -> None:
-        record = partial(
-            record_move,
-            tables=shard.tables,
-            slot=told.slot,
-            owner=told.owner,
-            epoch=told.epoch,
-            hints=shard.uuid not in identities,
-            identities=identities,
-        )
-        try:
-            await shard.transact(record)
-        except ShardgateError as error:
-            logger.warning(
-                "shard %r was not told who owns slot %d: %s", shard.name, told.slot, error
-            )
 
     def _lost(self, run: _Run) -> MoveLost:
         return MoveLost(

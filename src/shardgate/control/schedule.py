@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from shardgate.errors import ShardgateError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import AsyncIterator, Iterable
 
     from shardgate.control.moves import MoveEvent, Mover
     from shardgate.control.rebalance import PlannedMove
 
-AT_ONCE = 4
-"""Slots that are moved at a time, where nothing else is said."""
+AT_ONCE = 2
+"""Slots that are moved at a time, where nothing else is said: while one is frozen, another one is
+not copied, so more of them only make each other's freezes longer."""
+_TELL_SECONDS = 0.5
+"""How often the shards are told which slots have moved, all of them at once."""
 _FAILURES = 5
 """After so many failures without a success in between, the rest is not tried."""
 
@@ -64,7 +68,9 @@ async def carry_out(
         while waiting and failures < _FAILURES:
             move = waiting.popleft()
             try:
-                made = await mover.move(move.slot, move.source, move.target, takes_over=takes_over)
+                made = await mover.move(
+                    move.slot, move.source, move.target, takes_over=takes_over, tells=False
+                )
             except ShardgateError as error:
                 outcome.failed[move.slot] = error
                 failures += 1
@@ -74,8 +80,28 @@ async def carry_out(
                 outcome.moved.append(made)
                 failures = 0
 
-    async with asyncio.TaskGroup() as group:
+    async with _telling(mover), asyncio.TaskGroup() as group:
         for _ in range(at_once):
             group.create_task(work())
     outcome.left.extend(waiting)
     return outcome
+
+
+@asynccontextmanager
+async def _telling(mover: Mover) -> AsyncIterator[None]:
+    """Have what has moved recorded every now and then, and at the end."""
+
+    async def tell() -> None:
+        while True:
+            await asyncio.sleep(_TELL_SECONDS)
+            await mover.tell()
+
+    telling = asyncio.create_task(tell())
+    try:
+        yield
+    finally:
+        telling.cancel()
+        await asyncio.wait([telling])
+        if not telling.cancelled():
+            telling.exception()  # retrieved: what it could not tell is told now
+        await mover.tell()

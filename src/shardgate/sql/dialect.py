@@ -192,6 +192,9 @@ class Dialect(ABC):
     """Whether operations that wait can be sent together."""
     one_thread: ClassVar[bool] = False
     """Whether the driver runs an operation whole on a thread of its own connection."""
+    begins: ClassVar[bool] = False
+    """Whether SQLAlchemy sends a BEGIN and a ROLLBACK around what is only read, unless told not to,
+    and telling it sends nothing."""
 
     def __init__(self, tables: Tables, sqlalchemy_dialect: SQLAlchemyDialect) -> None:
         self.tables = tables

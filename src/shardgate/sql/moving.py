@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from sqlalchemy import String, and_, bindparam, delete, insert, or_, select, text, update
+from sqlalchemy import String, and_, bindparam, delete, func, insert, or_, select, text, update
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.compiler import compiles
@@ -120,8 +120,8 @@ async def limit_lock_wait(
         yield
         return
     if name == "postgresql":
-        milliseconds = max(1, round(seconds * 1000))
-        await connection.execute(text(f"SET LOCAL lock_timeout = {milliseconds}"))
+        limit = func.set_config("lock_timeout", f"{max(1, round(seconds * 1000))}ms", True)
+        await connection.execute(select(limit))
         with _raised_as(late):
             yield
         return

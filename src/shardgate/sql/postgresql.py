@@ -286,6 +286,7 @@ class PostgreSQL(Dialect):
 
     driver: ClassVar[str] = "asyncpg"
     gathers: ClassVar[bool] = True
+    begins: ClassVar[bool] = True
 
     def _prepare(self) -> None:
         names = self.names() | {
