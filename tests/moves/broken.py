@@ -62,7 +62,7 @@ def _without_incarnation() -> None:
         return isinstance(other, Version) and one.revision == other.revision
 
     Version.__eq__ = equal
-    _pause_before_fence(0.6)
+    _pause_before_fence(1.5)
 
 
 def _pause_before_fence(seconds: float) -> None:

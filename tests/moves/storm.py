@@ -45,9 +45,11 @@ USE, MOVE = "moves.clients:use_sessions", "moves.clients:move_slots"
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What was done, and what is wrong with it."""
+    """What was done, and what is wrong with it: with what the shards say and hold at the end and
+    with the errors of others, and with what clients were answered."""
 
     problems: list[str]
+    contradictions: list[str]
     operations: Counter[str]
     errors: Counter[str]
     moves: Counter[str]
@@ -62,6 +64,7 @@ class Report:
                 f"errors: {dict(self.errors)}",
                 f"moves: {dict(self.moves)}; frozen for (median, longest): {slowest}",
                 *self.problems,
+                *self.contradictions,
             )
         )
 
@@ -270,9 +273,10 @@ class Storm:
         ops = load(self._files)
         lines = self._lines()
         wrong = [line["error"] for line in lines if line.get("wrong")]
-        wrong += [str(op) + op.error for op in ops if op.error.startswith(FOR_AN_OPERATOR)]
+        wrong += sorted({op.error for op in ops if op.error.startswith(FOR_AN_OPERATOR)})
         return Report(
-            problems=[*found, *wrong, *problems(ops)],
+            problems=[*found, *wrong],
+            contradictions=problems(ops),
             operations=Counter(f"{op.kind} {op.end.value}" for op in ops),
             errors=Counter(_kind_of(op) for op in ops if op.error),
             moves=self._kills + Counter(map(_outcome_of, lines)),
