@@ -12,6 +12,7 @@ import random
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from sqlalchemy import delete
 
 from gateway.shards import item, named, settings_at
 from moves.crashing import Movers
@@ -93,11 +94,10 @@ class Crashes:
         await self.check()
 
     async def _write(self, writer: int, number: int, removes: int) -> None:
-        name, history = list(self.histories.items())[number]
-        turn = 0
+        name, turn = list(self.histories)[number], 0
         while not self._ended:
             await self._may_write.wait()
-            session, turn = self._tenant.session(name), turn + 1
+            session, history, turn = self._tenant.session(name), self.histories[name], turn + 1
             self._writing += 1
             if removes and turn % removes == 0:
                 kind = history.clear if turn % (5 * removes) == 0 else history.pop
@@ -134,7 +134,18 @@ class Crashes:
         report = await self._gateway.check()
         assert report.ok, report
         assert (await places(self._gateway.shards))[self.slot] == self._where
+        await self._begin_anew()
         self._may_write.set()
+
+    async def _begin_anew(self) -> None:
+        """Each point is to be as quick as the first one."""
+        for name in self.histories:
+            await self._tenant.delete_session(name)
+            self.histories[name] = History()
+            await self.histories[name].append(self._tenant.session(name), "first")
+        for shard in self._gateway.shards.values():
+            ops = shard.tables.ops
+            await shard.transact(lambda connection, ops=ops: connection.execute(delete(ops)))
 
     def told(self, **more: Any) -> dict[str, Any]:
         """What a process is told: move the slot to where it is not."""
@@ -274,6 +285,8 @@ async def kill_servers(
     async def act(at: Crashes) -> None:
         await at.count_points()
         for number, point in enumerate(chosen(at, rounds)):
+            if number % 10 == 9:
+                await at.check()
             await at.kill_server(point, servers[number % 2], late=at.random.choice([False, True]))
 
     async for crashes in crashes_at(urls, movers, seed):
