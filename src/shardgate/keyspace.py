@@ -205,6 +205,7 @@ class Keyspace:
         """
         clock = asyncio.get_running_loop().time
         give_up = clock() + self._deadline
+        first = await self.known()
         while True:
             known = await self.known()
             slots = tenant_slots(tenant_id, slots=known.slots, spread=known.spread)
@@ -222,11 +223,7 @@ class Keyspace:
             if missing <= down.keys() and max(claims.values(), default=1) == 1:
                 return [answer.sessions for answer in answers.values()], tuple(down)
             if clock() > give_up:
-                raise OwnershipConflict(
-                    f"keyspace {self.plan.keyspace!r}: a tenant's slots are owned by no shard that "
-                    "answers, or by two",
-                    keyspace=self.plan.keyspace,
-                )
+                raise self._not_in_one_piece(known, first, missing)
             frozen = min(
                 (slot for slot in wanted - claims.keys() if known.owner(slot) not in down),
                 default=None,
@@ -235,6 +232,21 @@ class Keyspace:
                 await self._wait_for_move(known.owner(frozen), frozen, give_up - clock())
             await asyncio.sleep(_POLL)
             await self._read()
+
+    def _not_in_one_piece(
+        self, known: KeyspaceMap, first: KeyspaceMap, missing: set[str]
+    ) -> ShardgateError:
+        if known.epochs != first.epochs:
+            return ShardUnavailable(
+                f"slots of keyspace {self.plan.keyspace!r} kept moving from shard to shard while a "
+                "tenant's sessions were listed: try again",
+                shard=min(missing, default=known.owners[0]),
+            )
+        return OwnershipConflict(
+            f"keyspace {self.plan.keyspace!r}: a tenant's slots are owned by no shard that "
+            "answers, or by two",
+            keyspace=self.plan.keyspace,
+        )
 
     async def _ask(
         self, known: KeyspaceMap, name: str, tenant_id: str, limit: int, after: Any

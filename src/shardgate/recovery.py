@@ -11,6 +11,7 @@ import asyncio
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from operator import itemgetter
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
@@ -18,6 +19,7 @@ from shardgate import handover
 from shardgate.errors import Contended, OwnershipConflict, ShardgateError
 from shardgate.handover import DRAINING, OWNED, Act, Pair, Progress, next_act_of_abort
 from shardgate.records import change_row, read_row
+from shardgate.settling import together
 from shardgate.sql.moving import limit_lock_wait
 
 if TYPE_CHECKING:
@@ -148,6 +150,17 @@ async def end_move(ends: Ends) -> Pair:
     while (act := next_act_of_abort(pair, mine)) not in (Act.DONE, Act.LOST):
         pair = await take_step(act, pair, mine, ends) or await look(ends)
     return pair
+
+
+async def who_serves(shards: Mapping[str, Shard], slot: int) -> Shard | None:
+    """The shard that owns a slot and serves it, if one does; asks all of them."""
+    rows = await together(read_slot(shard, slot) for shard in shards.values())
+    serving = [
+        (row.epoch, shard)
+        for row, shard in zip(rows, shards.values(), strict=True)
+        if row.owner == shard.uuid and row.state == OWNED
+    ]
+    return max(serving, key=itemgetter(0))[1] if serving else None
 
 
 async def wait_for_move(source: Shard, slot: int, shards: Mapping[str, Shard]) -> SlotRow:

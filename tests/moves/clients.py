@@ -24,7 +24,7 @@ from shardgate.errors import (
     OwnershipConflict,
     TransientError,
 )
-from shardgate.handover import IMPORTING, RELEASED
+from shardgate.handover import RELEASED
 from shardgate.records import read_records
 from shardgate.slotmap import build_map
 
@@ -363,7 +363,7 @@ class Shifter:
 async def clear_up(gateway: Gateway, argument: dict[str, Any]) -> list[str]:
     """Finish or end every move, empty the drained shard, and remove what is left behind.
 
-    Returns what is left all the same; see ``storm.STRAYED`` for what has to be.
+    Returns what is left all the same.
     """
     one = Shifter(gateway, None, argument)
     kept: dict[str, Any] = {}
@@ -381,11 +381,7 @@ async def clear_up(gateway: Gateway, argument: dict[str, Any]) -> list[str]:
                 await one.tell(row)
                 await one.remove(row, kept)
         owners = await one.owners()
-        left = [
-            row
-            for row in await find_unfinished(one._known())
-            if row.row.state != IMPORTING or owners[row.row.slot] == row.peer
-        ]
+        left = await find_unfinished(one._known())
         if not left and argument["drained"] not in owners.values():
             return []
     return [*map(str, left), f"{kept}; slots are owned by {set(owners.values())}"]

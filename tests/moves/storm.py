@@ -21,8 +21,7 @@ from harness.proxy import CuttingProxy
 from moves.clients import CLIENTS, SLOTS, clear_up, listed, settings_of
 from moves.history import End, Op, Recorder, load, problems, recorder
 from shardgate import Gateway, OperatorError
-from shardgate.handover import CLAIMING, ELSEWHERE, IMPORTING, OWNED
-from shardgate.slots import from_signed, slot_of
+from shardgate.handover import CLAIMING, ELSEWHERE, OWNED
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -37,9 +36,6 @@ FOR_AN_OPERATOR = tuple(
     f"{error.__name__}(" for error in (OperatorError, *OperatorError.__subclasses__())
 )
 """How errors begin that nobody is to get while all shards are what they are taken for."""
-STRAYED = (IMPORTING,)
-"""A claim that its mover has left, whose source has given the slot to a third shard since: nobody
-can decide it, and nobody can end it either, so it and what was copied for it stay."""
 USE, MOVE = "moves.clients:use_sessions", "moves.clients:move_slots"
 
 
@@ -260,11 +256,10 @@ class Storm:
             for slot, (state, owner) in states.items():
                 if owner == own["shard_uuid"] and state in CLAIMING:
                     owners[slot].append(name)
-                if state not in (OWNED, ELSEWHERE, *STRAYED):
+                if state not in (OWNED, ELSEWHERE):
                     found.append(f"shard {name}: slot {slot} is {state}")
             for row in await records(url, "sessions"):
-                if states[slot_of(from_signed(row["h"]), SLOTS)][0] not in STRAYED:
-                    holders[row["tenant_id"], row["session_id"]] += 1
+                holders[row["tenant_id"], row["session_id"]] += 1
         found += [f"slot {slot} is owned by {who}" for slot, who in owners.items() if len(who) != 1]
         found += [f"{name} is stored {n} times" for name, n in holders.items() if n != 1]
         return found

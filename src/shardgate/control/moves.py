@@ -27,7 +27,7 @@ from shardgate.errors import (
     ShardgateError,
     TransientError,
 )
-from shardgate.handover import DRAINING, OWNED, Act, next_act
+from shardgate.handover import CANCELLED, DRAINING, IMPORTING, OWNED, Act, next_act
 from shardgate.records import (
     RowChangedError,
     change_row,
@@ -35,7 +35,16 @@ from shardgate.records import (
     read_row,
     row_age,
 )
-from shardgate.recovery import Ends, after, end_move, look, new_mark, read_slot, take_step
+from shardgate.recovery import (
+    Ends,
+    after,
+    end_move,
+    look,
+    new_mark,
+    read_slot,
+    take_step,
+    who_serves,
+)
 from shardgate.settling import settle
 from shardgate.slots import slot_range
 from shardgate.sql.moving import Span, limit_lock_wait
@@ -214,9 +223,18 @@ class Mover:
         await settle(self._recorder.flush())
 
     async def end(self, slot: int, source: str, target: str) -> Pair:
-        """End a slot's move: one that is decided is finished, any other undone."""
+        """End a slot's move: one that is decided is finished, any other undone.
+
+        Where the source has given the slot to a third shard since, what is left of the claim on the
+        target is undone from there.
+        """
         ends = Ends(self.shards[source], self.shards[target], slot)
         pair = await end_move(ends)
+        if pair.target.state in (IMPORTING, CANCELLED):
+            server = await who_serves(self.shards, slot)
+            if server is not None and server not in (ends.source, ends.target):
+                ends = Ends(server, ends.target, slot)
+                pair = await end_move(ends)
         self._recorder.add(pair.source, ends)
         await self.tell()
         return pair

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from operator import itemgetter
 from typing import TYPE_CHECKING
 
 from shardgate import handover
 from shardgate.control.copying import MOST_ITEMS, OPS_PAGE, PAGE, batches, is_large
+from shardgate.control.recording import Recorder
 from shardgate.control.standbys import wait_for_standbys
 from shardgate.errors import OwnershipConflict, ShardgateError
 from shardgate.handover import CANCELLED, DRAINING, IMPORTING, OWNED, RELEASED
@@ -27,7 +27,7 @@ from shardgate.records import (
     read_row,
     read_rows,
 )
-from shardgate.recovery import Ends, look, read_slot
+from shardgate.recovery import Ends, look, who_serves
 from shardgate.settling import together
 from shardgate.slots import slot_range
 from shardgate.sql.moving import (
@@ -131,24 +131,13 @@ async def remove_remains(
             # One that was promoted meanwhile may not have had the decision.
             reason = await _why_kept(shards, shard, peer, rest, grace_seconds)
     else:
-        server = await _who_serves(shards, rest.row.slot)
+        server = await who_serves(shards, rest.row.slot)
         if server is None or not (await look(Ends(server, shard, rest.row.slot))).is_undone:
             return "its move has not ended: finish or end it first"
         reason, owner = None, server.uuid or ""
     if reason is None:
         await _remove(plan, shard, rest.row, owner)
     return reason
-
-
-async def _who_serves(shards: Mapping[str, Shard], slot: int) -> Shard | None:
-    """The shard that owns a slot and serves it."""
-    rows = await together(read_slot(shard, slot) for shard in shards.values())
-    serving = [
-        (row.epoch, shard)
-        for row, shard in zip(rows, shards.values(), strict=True)
-        if row.owner == shard.uuid and row.state == OWNED
-    ]
-    return max(serving, key=itemgetter(0))[1] if serving else None
 
 
 async def _why_kept(
@@ -159,14 +148,17 @@ async def _why_kept(
     pair = await look(Ends(source, target, rest.row.slot))
     if pair.source != rest.row or not pair.is_decided:
         return f"shard {target.name!r} does not say that it has got the slot"
-    known = await _who_knows(shards, rest.row)
-    if 2 * len(known) <= len(shards):
-        return f"only {len(known)} of {len(shards)} shards have recorded the move"
+    if not await _most_know(shards, rest.row):
+        recorder = Recorder(shards)  # who made the move may have died before he could tell
+        recorder.add(rest.row, Ends(source, target, rest.row.slot))
+        await recorder.flush()
+        if not await _most_know(shards, rest.row):
+            return "not even half of the shards have recorded the move"
     return None
 
 
-async def _who_knows(shards: Mapping[str, Shard], released: SlotRow) -> list[str]:
-    """The shards that have recorded the move, or one after it."""
+async def _most_know(shards: Mapping[str, Shard], released: SlotRow) -> bool:
+    """Whether most shards have recorded the move, or one after it."""
 
     async def epoch(shard: Shard) -> int:
         try:
@@ -176,7 +168,7 @@ async def _who_knows(shards: Mapping[str, Shard], released: SlotRow) -> list[str
         return -1 if row is None else row.epoch
 
     epochs = await together(epoch(shard) for shard in shards.values())
-    return [name for name, epoch in zip(shards, epochs, strict=True) if epoch >= released.epoch]
+    return 2 * sum(epoch >= released.epoch for epoch in epochs) > len(shards)
 
 
 async def _remove(plan: Plan, shard: Shard, row: SlotRow, owner: str) -> None:
