@@ -5,8 +5,8 @@ import everything anew each time would take longer than the move.
 
 A move is told as an object: ``urls``, ``slots``, ``slot``, ``source``, ``target``, and
 
-- ``at``: ["commit", n] or ["statement", n], the point; each commit has two, right before it is sent
-  and right after its answer; null: none;
+- ``at``: ["commit", n], ["frozen", n] or ["statement", n], the point; each commit has two, right
+  before it is sent and right after its answer; those from the fence on are "frozen"; null: none;
 - ``then``: "kill" (SIGKILL) or "stop" (SIGSTOP, until a line comes);
 - ``seconds``: kill it after so many seconds, wherever it is.
 
@@ -33,8 +33,10 @@ from harness.launch import die_with_parent
 from moves.moving import mover_of
 from shardgate import Gateway, ShardgateError
 from shardgate.control import copying
+from shardgate.control.moves import Phase
 
 if TYPE_CHECKING:
+    from shardgate.control.moves import MoveEvent
     from shardgate.shards import Shard
 
 _BEGUN = "tests.begun"
@@ -94,7 +96,7 @@ async def _move(told: dict[str, Any]) -> dict[str, Any]:
     async with Gateway(settings) as gateway:
         for shard in gateway.shards.values():
             points.watch(shard)
-        mover = mover_of(gateway)
+        mover = mover_of(gateway, points.observe)
         try:
             await mover.move(told["slot"], told["source"], told["target"], takes_over=True)
         except ShardgateError as problem:
@@ -108,7 +110,13 @@ class Points:
     def __init__(self, told: dict[str, Any]) -> None:
         self._kind, self._number = told.get("at") or (None, None)
         self._signal = signal.SIGSTOP if told.get("then") == "stop" else signal.SIGKILL
-        self.passed = {"commit": 0, "statement": 0}
+        self._commits = "commit"
+        self.passed = {"commit": 0, "frozen": 0, "statement": 0}
+
+    def observe(self, happened: MoveEvent) -> None:
+        """Told by the mover, right before it fences the source."""
+        if happened.phase is Phase.FROZEN:
+            self._commits = "frozen"
 
     def watch(self, shard: Shard) -> None:
         engine = shard.engine.sync_engine
@@ -117,9 +125,9 @@ class Points:
         commit = engine.dialect.do_commit
 
         def do_commit(connection: Any) -> None:
-            self._pass("commit")
+            self._pass(self._commits)
             commit(connection)
-            self._pass("commit")
+            self._pass(self._commits)
 
         engine.dialect.do_commit = do_commit  # type: ignore[method-assign]
 
@@ -128,11 +136,11 @@ class Points:
         if statement == "START TRANSACTION":
             connection.info[_BEGUN] = True
         commits = statement == "COMMIT" and connection.info.get(_BEGUN)
-        self._pass("commit" if commits else "statement")
+        self._pass(self._commits if commits else "statement")
 
     def _after(self, connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
         if statement in ("COMMIT", "ROLLBACK") and connection.info.pop(_BEGUN, False):
-            self._pass("commit")
+            self._pass(self._commits)
 
     def _pass(self, kind: str) -> None:
         number = self.passed[kind]

@@ -32,8 +32,8 @@ SLOTS = 4
 STILL = 9
 """Sessions that nobody writes to while the slot is moved."""
 PACE = 0.1
-ROUNDS = 9
-"""Points of one run, of those of a whole move."""
+FEW = 3
+"""Points of each kind in a short run."""
 GO_ON = ["resume", "end", "wait"]
 """Another mover goes on; another one ends it; or nobody does, but the clients."""
 UNFINISHED = ("MoveLost", "ShardUnavailable", "OutcomeUnknown", "Contended")
@@ -216,16 +216,13 @@ class Crashes:
         self._where = (await places(self._gateway.shards))[self.slot]
 
 
-def chosen(crashes: Crashes, rounds: int | None) -> list[list[Any]]:
-    """The points at which to crash: every so many, all of them for None."""
-    commits = [["commit", number] for number in range(crashes.points["commit"])]
-    statements = [["statement", number] for number in range(crashes.points["statement"])]
-    if rounds is None:
-        return commits + statements
+def chosen(crashes: Crashes, share: int | None) -> list[list[Any]]:
+    """The points at which to crash: of each kind every so many, all of them for None."""
     picked = []
-    for points, share in ((commits, 2 * rounds // 3), (statements, rounds - 2 * rounds // 3)):
-        step = max(1, len(points) // share)
-        picked += points[crashes.random.randrange(step) :: step][:share]
+    for kind, number in crashes.points.items():
+        step = max(1, number // share) if share else 1
+        first = crashes.random.randrange(step)
+        picked += [[kind, point] for point in range(first, number, step)][:share]
     crashes.random.shuffle(picked)
     return picked
 
@@ -246,15 +243,15 @@ async def crashes(databases: MakeDatabases, movers: Movers, seed: int) -> AsyncI
         yield one
 
 
-async def kill_movers(crashes: Crashes, rounds: int | None) -> None:
+async def kill_movers(crashes: Crashes, few: int | None) -> None:
     async def act(at: Crashes) -> None:
         await at.count_points()
-        points = chosen(at, rounds)
-        for number, point in enumerate(points):
+        frozen = [["frozen", number] for number in range(at.points["frozen"])]
+        for number, point in enumerate(chosen(at, few) + (frozen if few else [])):
             await at.kill(at=point)
             if number % 10 == 9:
                 await at.check()
-        for _ in range(rounds // 4 if rounds else 50):
+        for _ in range(few or 50):
             await at.kill(seconds=at.random.uniform(0.05, 0.6))
 
     await crashes.run(act)
@@ -264,7 +261,7 @@ async def kill_movers(crashes: Crashes, rounds: int | None) -> None:
 
 @pytest.mark.backends("sqlite", "postgresql-18", "mariadb")
 async def test_a_mover_is_killed(crashes: Crashes) -> None:
-    await kill_movers(crashes, ROUNDS)
+    await kill_movers(crashes, FEW)
 
 
 @pytest.mark.soak
@@ -275,7 +272,7 @@ async def test_a_mover_is_killed_at_every_point(crashes: Crashes) -> None:
 
 
 async def kill_servers(
-    backend: Backend, start_server: StartServer, movers: Movers, seed: int, rounds: int | None
+    backend: Backend, start_server: StartServer, movers: Movers, seed: int, few: int | None
 ) -> None:
     servers = [await start_server(backend, durable=True) for _ in range(2)]
     urls = {
@@ -284,7 +281,7 @@ async def kill_servers(
 
     async def act(at: Crashes) -> None:
         await at.count_points()
-        for number, point in enumerate(chosen(at, rounds)):
+        for number, point in enumerate(chosen(at, few)):
             if number % 10 == 9:
                 await at.check()
             await at.kill_server(point, servers[number % 2], late=at.random.choice([False, True]))
@@ -306,7 +303,7 @@ def long_outages(monkeypatch: pytest.MonkeyPatch) -> None:
 async def test_a_server_is_killed(
     backend: Backend, start_server: StartServer, movers: Movers, seed: int
 ) -> None:
-    await kill_servers(backend, start_server, movers, seed, ROUNDS // 2)
+    await kill_servers(backend, start_server, movers, seed, FEW - 1)
 
 
 @pytest.mark.usefixtures("long_outages")
