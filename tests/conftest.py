@@ -57,7 +57,7 @@ class MakeDatabases(Protocol):
     async def __call__(self, count: int, *, servers: int = 1) -> list[Database]: ...
 
 
-ONE_VERSION = ("gateway", "isolation")
+ONE_VERSION = ("agents", "gateway", "isolation", "moves")
 """Folders whose tests are about what is above the statements: one version of a database will do."""
 
 

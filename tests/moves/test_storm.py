@@ -23,10 +23,12 @@ if TYPE_CHECKING:
 
 pytestmark = [
     pytest.mark.processes,
-    pytest.mark.backends("postgresql-18"),
+    pytest.mark.backends("postgresql"),
     pytest.mark.timeout(400),  # on a machine that is busy with other things
 ]
 
+SLOW = ("guard", "incarnation")
+"""Those that are found less soon: with the long tests."""
 SECONDS = float(os.environ.get("SECONDS", "600"))
 
 
@@ -46,7 +48,10 @@ async def test_nothing_is_lost_while_slots_move(
     assert report.moves["moved"] > 9
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "variant",
+    [pytest.param(name, marks=pytest.mark.soak if name in SLOW else ()) for name in VARIANTS],
+)
 async def test_what_is_broken_on_purpose_is_found(
     databases: MakeDatabases, backend: Backend, tmp_path: Path, variant: str
 ) -> None:
