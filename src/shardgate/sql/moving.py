@@ -243,12 +243,14 @@ async def read_items(
 ) -> dict[SessionKey, list[Mapping[str, Any]]]:
     """All items of these sessions that can be seen, as columns by name."""
     items: dict[SessionKey, list[Mapping[str, Any]]] = {key: [] for key in keys}
-    statement = _items_of(tables, items, tables.messages.c)
-    for row in (await connection.execute(statement)).mappings():
-        item = dict(row)
-        known = items.get(SessionKey(item.pop("h"), item["tenant_id"], item["session_id"]))
+    by_key = {tuple(key): own for key, own in items.items()}
+    found = await connection.execute(_items_of(tables, items, tables.messages.c))
+    names = tuple(found.keys())[1:]
+    tenant, session = names.index("tenant_id"), names.index("session_id")
+    for h, *item in found:
+        known = by_key.get((h, item[tenant], item[session]))
         if known is not None:
-            known.append(item)
+            known.append(dict(zip(names, item, strict=True)))
     return items
 
 
@@ -267,22 +269,24 @@ async def read_digests(
 ) -> dict[SessionKey, Digests]:
     """The digests of these sessions' items, as one statement saw them."""
     sessions, messages = tables.sessions, tables.messages
-    found: dict[SessionKey, Digests] = {}
-    wanted = set(keys)
+    found: dict[tuple[Any, ...], Digests] = {}
+    wanted = {tuple(key): key for key in keys}
     columns = (
         *(sessions.c.tenant_id, sessions.c.session_id, sessions.c.incarnation, sessions.c.revision),
         *(messages.c.seq, text_digest(messages.c.message_data)),
     )
     for h, tenant, session, incarnation, revision, seq, digest in await connection.execute(
-        _items_of(tables, wanted, columns, also_empty=True)
+        _items_of(tables, wanted.values(), columns, also_empty=True)
     ):
-        key = SessionKey(h, tenant, session)
-        if key not in wanted:
-            continue
-        known = found.setdefault(key, Digests(incarnation, revision, {}))
+        key = (h, tenant, session)
+        known = found.get(key)
+        if known is None:
+            if key not in wanted:
+                continue
+            known = found[key] = Digests(incarnation, revision, {})
         if seq is not None:
             known.of[seq] = _digest(connection, digest)
-    return found
+    return {wanted[key]: digests for key, digests in found.items()}
 
 
 async def read_digests_from(

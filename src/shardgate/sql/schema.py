@@ -96,8 +96,11 @@ class _HexadecimalText(TypeDecorator[str]):
             return lambda value: None if value is None else value.encode().hex()
         return super().bind_processor(dialect)
 
-    def process_result_value(self, value: Any, dialect: SQLAlchemyDialect) -> str | None:
-        return value.decode() if isinstance(value, bytes) else value
+    def result_processor(self, dialect: SQLAlchemyDialect, coltype: object) -> Any:
+        """None elsewhere: copying a slot reads many values."""
+        if dialect.name in _MYSQL:
+            return lambda value: value.decode() if isinstance(value, bytes) else value
+        return super().result_processor(dialect, coltype)
 
 
 class ExactText(_HexadecimalText):
