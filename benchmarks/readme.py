@@ -1,33 +1,49 @@
-"""The measured section of the README: made by a run, never by hand."""
+"""The measured sections of the README: made by a run, never by hand."""
 
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks import about
+from benchmarks.results import Results
 from benchmarks.tables import tables
 
 if TYPE_CHECKING:
-    from benchmarks.results import Results
     from benchmarks.tables import Table
 
 README = Path(__file__).with_name("README.md")
 CHARTS = Path(__file__).with_name("charts")
-BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
+_MOVES = "moves"
 
 
 def write(results: Results, drawn: list[Path]) -> None:
-    """Put this run's tables and charts in the place of the last one's."""
-    text = README.read_text()
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    README.write_text(f"{before}{BEGIN}\n\n{section(results, _keep(drawn))}\n{END}{after}")
+    """Put this run's tables and charts in the place of the last one's.
+
+    Moves have a section of their own, so that they can be measured alone; a run without them leaves
+    that as it is, and a run of nothing else leaves the rest.
+    """
+    charts = _keep(drawn)
+    others = {part: why for part, why in results.missing.items() if part != _MOVES}
+    rest = replace(results, moves={}, missing=others)
+    if any((rest.slices, rest.wal, rest.multixacts, rest.routing, others)):
+        _replace("measured", section(rest, [name for name in charts if _MOVES not in name]))
+    if results.moves:
+        alone = Results(about=results.about, moves=results.moves)
+        _replace("moves measured", section(alone, [name for name in charts if _MOVES in name]))
+
+
+def _replace(mark: str, text: str) -> None:
+    begin, end = f"<!-- {mark}: begin -->", f"<!-- {mark}: end -->"
+    before, _, rest = README.read_text().partition(begin)
+    _, _, after = rest.partition(end)
+    README.write_text(f"{before}{begin}\n\n{text}\n{end}{after}")
 
 
 def section(results: Results, charts: list[str]) -> str:
-    """The Markdown between the two marks."""
+    """The Markdown between two marks."""
     parts = [about.sentence(results.about)]
     parts += [f"![{name}](charts/{name})" for name in charts]
     parts += [_markdown(table) for table in tables(results)]

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from shardgate.control.rebalance import PlannedMove
 
 AT_ONCE = 2
-"""Slots that are moved at a time, where nothing else is said: while one is frozen, another one is
-not copied, so more of them only make each other's freezes longer."""
+"""Slots that are moved at a time, where nothing else is said: while one is frozen, no other one is
+copied, so more of them gain little, and their freezes are longer."""
 _TELL_SECONDS = 0.5
 """How often the shards are told which slots have moved, all of them at once."""
 _FAILURES = 5
