@@ -29,6 +29,7 @@ from shardgate.cli.progress import Freezes, Watch
 from shardgate.control.moves import MoveEvent, Phase
 from shardgate.control.rebalance import Load, PlannedMove
 from shardgate.control.remains import find_unfinished
+from shardgate.control.schedule import AT_ONCE
 from shardgate.handover import IMPORTING, Act
 from shardgate.recovery import Ends, look, new_mark, take_step
 
@@ -167,7 +168,7 @@ def test_a_shard_that_has_joined_is_filled(grown: tuple[dict[str, str], Held]) -
     ran = in_a_process(urls, "rebalance", "--apply", *PATIENT)
     assert ran.returncode == 0, ran.stderr
     first, *lines, last = ran.stdout.splitlines()
-    assert first == f"moving {len(plan['moves'])} slots, 4 at a time"
+    assert first == f"moving {len(plan['moves'])} slots, {AT_ONCE} at a time"
     assert sum(": moved" in line or ", moved," in line for line in lines) == len(plan["moves"])
     assert last.startswith(f"{len(plan['moves'])} slots moved, ")
     assert " items verified, frozen " in last
