@@ -173,6 +173,7 @@ class Keyspace:
     ) -> T:
         clock = asyncio.get_running_loop().time
         give_up = clock() + self._deadline
+        refusals: list[tuple[str, int]] = []
         while True:
             known = await self.known()
             where = route(known, tenant_id, session_id)
@@ -184,8 +185,9 @@ class Keyspace:
             try:
                 return await act(self._stores[where.shard], place)
             except RefusedError:
+                refusals.append((where.shard, where.epoch))
                 if clock() > give_up:
-                    raise self._nobody_has(where) from None
+                    raise self._not_found(where, refusals) from None
             except ShardQuarantined:
                 # The inquiry that has found it out has also told where the session lives by now.
                 now = await self.known()
@@ -354,7 +356,15 @@ class Keyspace:
     def _not_named(self, known: KeyspaceMap, shard: str) -> OwnershipConflict:
         return conflict(self.plan, not_named(shard, len(known.slots_of(shard))))
 
-    def _nobody_has(self, where: Route) -> OwnershipConflict:
+    def _not_found(self, where: Route, refusals: list[tuple[str, int]]) -> ShardgateError:
+        """Nobody has the slot, if the same shard kept refusing; else there was no time to follow
+        it."""
+        if len(refusals) == 1 or len(set(refusals)) > 1:
+            return ShardUnavailable(
+                f"slot {where.slot} of keyspace {self.plan.keyspace!r} was on the move, and was "
+                "not reached in time",
+                shard=where.shard,
+            )
         return OwnershipConflict(
             f"keyspace {self.plan.keyspace!r}: slot {where.slot} was refused by shard "
             f"{where.shard!r} and is owned by no shard that answers",
