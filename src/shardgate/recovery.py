@@ -153,11 +153,12 @@ async def end_move(ends: Ends) -> Pair:
 
 
 async def who_serves(shards: Mapping[str, Shard], slot: int) -> Shard | None:
-    """The shard that owns a slot and serves it, if one does; asks all of them."""
-    rows = await together(read_slot(shard, slot) for shard in shards.values())
+    """The shard that owns a slot and serves it, if one does; asks all that have been created."""
+    created = [shard for shard in shards.values() if shard.uuid is not None]
+    rows = await together(read_slot(shard, slot) for shard in created)
     serving = [
         (row.epoch, shard)
-        for row, shard in zip(rows, shards.values(), strict=True)
+        for row, shard in zip(rows, created, strict=True)
         if row.owner == shard.uuid and row.state == OWNED
     ]
     return max(serving, key=itemgetter(0))[1] if serving else None

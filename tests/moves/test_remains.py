@@ -110,3 +110,19 @@ async def test_a_copy_is_kept_while_its_move_can_be_gone_on_with(
     assert await remove(gateway) == [None]
     assert (await places(gateway.shards))[slot] == "a"
     assert (await gateway.check()).ok
+
+
+async def test_a_shard_that_has_not_joined_yet_is_not_asked(databases: MakeDatabases) -> None:
+    urls = named(await databases(4))
+    gateways = Gateways()
+    try:
+        await gateways.open(settings_at({name: urls[name] for name in "abc"}, slots=SLOTS))
+        four = await gateways.open(settings_at(urls, slots=SLOTS, create_tables=False))
+        where = four.route("acme", session_on(four, "a")).slot
+        await begin(Ends(four.shards["a"], four.shards["b"], where), Act.MARK, Act.CLAIM)
+        await mover_of(four).move(where, "a", "c", takes_over=True)
+        await mover_of(four).end(where, "a", "b")
+        pair = await look(Ends(four.shards["c"], four.shards["b"], where))
+        assert pair.is_undone
+    finally:
+        await gateways.finish()
