@@ -45,6 +45,7 @@ from shardgate.sql.moving import (
     remove_ops,
     remove_sessions,
     shorten_session,
+    version_of,
 )
 
 if TYPE_CHECKING:
@@ -255,10 +256,8 @@ class Copying:
         small: list[SessionKey] = []
         for key, ours in changed.items():
             version = theirs[key]
-            if ours is not None and version.has_only_grown_since(ours):
-                yield self._tail(key, since=ours.next_seq)
-            elif is_large(version):
-                yield self._tail(key, since=version.floor_seq)
+            if is_large(version) or (ours is not None and version.has_only_grown_since(ours)):
+                yield self._tail(key, ours)
             else:
                 small.append(key)
         for batch in batches(small, theirs):
@@ -269,10 +268,19 @@ class Copying:
         items = await self._ask(read_items, keys=rows)
         yield [Content(row, items[key], since=row["floor_seq"]) for key, row in rows.items()]
 
-    async def _tail(self, key: SessionKey, *, since: int) -> AsyncIterator[list[Content]]:
-        """A session's items from ``since`` on, in portions of which only the last completes it."""
+    async def _tail(self, key: SessionKey, ours: Version | None) -> AsyncIterator[list[Content]]:
+        """What the target lacks of a session if it has only grown, else all of it, in portions of
+        which only the last completes it.
+
+        Whether it has is told by the row that is written: since the versions were compared it may
+        have been deleted and made anew, or have lost items.
+        """
         row = (await self._ask(read_sessions, keys=[key])).get(key)
-        while row is not None:
+        if row is None:
+            return
+        grown = ours is not None and version_of(row).has_only_grown_since(ours)
+        since = ours.next_seq if grown and ours is not None else row["floor_seq"]
+        while True:
             limit = _portion(row)
             items = await self._ask(read_items_from, key=key, since=since, limit=limit)
             below = items[-1]["seq"] + 1 if len(items) == limit else None

@@ -77,6 +77,11 @@ class Version:
 _VERSION = tuple(Version.__dataclass_fields__)
 
 
+def version_of(row: Mapping[str, Any]) -> Version:
+    """How far a session is, by its row."""
+    return Version(**{field: row[field] for field in _VERSION})
+
+
 @dataclass(frozen=True, slots=True)
 class Span:
     """The ``h`` of a slot, signed, both ends included."""

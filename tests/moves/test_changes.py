@@ -1,0 +1,65 @@
+"""Sessions that change between two questions of a pass: nothing may seem level that is not."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from gateway.conftest import Gateways
+from gateway.shards import item, named, session_on, settings_at
+from moves.moving import mover_of
+from shardgate.control import copying
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from conftest import MakeDatabases
+    from shardgate import Gateway
+
+
+@pytest.fixture
+async def gateway(databases: MakeDatabases) -> AsyncIterator[Gateway]:
+    gateways = Gateways()
+    yield await gateways.open(settings_at(named(await databases(2)), slots=4))
+    await gateways.finish()
+
+
+@pytest.mark.parametrize("change", ["made anew", "popped"])
+async def test_a_session_that_had_only_grown(
+    change: str, gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is deleted and made anew, or loses items, after the versions were compared and before its
+    row is read: then more than its end is to be copied, or removed."""
+    tenant, session_id = gateway.tenant("acme"), session_on(gateway, "a")
+    session, slot = tenant.session(session_id), gateway.route("acme", session_on(gateway, "a")).slot
+    await session.add_items([item(str(n)) for n in range(5)])
+    read_sessions, read_versions, passes = copying.read_sessions, copying.read_versions, 0
+
+    async def grown(*values: Any, **more: Any) -> Any:
+        """Before the second pass the session grows, so that only its end is read."""
+        nonlocal passes
+        if "limit" in more and values[0].engine is gateway.shards["a"].engine:
+            passes += 1
+            if passes == 2:
+                await session.add_items([item("more")])
+        return await read_versions(*values, **more)
+
+    async def changed(*values: Any, **more: Any) -> Any:
+        if passes == 2 and values[0].engine is gateway.shards["a"].engine:
+            if change == "made anew":
+                await tenant.delete_session(session_id)
+                await session.add_items([item(f"anew {n}") for n in range(9)])
+            else:
+                for _ in range(4):
+                    await session.pop_item()
+        return await read_sessions(*values, **more)
+
+    monkeypatch.setattr(copying, "read_versions", grown)
+    monkeypatch.setattr(copying, "read_sessions", changed)
+    wanted = [item(f"anew {n}") for n in range(9)] if change == "made anew" else None
+    await mover_of(gateway).move(slot, "a", "b")
+    assert passes >= 2
+    found = await session.get_items()
+    assert found == (wanted or [item("0"), item("1")])
+    assert gateway.route("acme", session_id).shard == "b"
