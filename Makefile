@@ -4,6 +4,8 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 OLDEST := .venv-oldest
 BENCH := .venv-bench
+# How many processes share the tests; each has servers of its own.
+WORKERS ?= 2
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_ROOT_USER_ACTION := ignore
@@ -19,7 +21,7 @@ demo: $(VENV)/.stamp  ## tenants, shards and a real Runner, without a network
 	$(RUN) -m shardgate.testing.demo
 
 test: $(VENV)/.stamp  ## everything that this machine can run; the header names the databases
-	$(RUN) -m pytest
+	$(RUN) -m pytest --numprocesses=$(WORKERS) --dist=loadfile
 
 check: $(VENV)/.stamp  ## lint, format, types, layers, the public API
 	$(VENV)/bin/ruff check .

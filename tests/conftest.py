@@ -30,7 +30,7 @@ Environment
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import pytest
 import pytest_asyncio
@@ -78,6 +78,20 @@ def _lines(found: Found) -> Iterable[str]:
         yield f"database {backend.id}: real, {backend.version}, {backend.how}"
     for missing in found.missing:
         yield f"database {missing.family}: SKIPPED, {missing.text}"
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Have one of several test processes (pytest-xdist) tell what its tests ran on."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["used"] = session.config.stash[USED]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    used = node.config.stash[USED]
+    for name, count in getattr(node, "workeroutput", {}).get("used", {}).items():
+        used[name] = used.get(name, 0) + count
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:

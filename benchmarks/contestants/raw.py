@@ -23,8 +23,9 @@ from sqlalchemy.engine import make_url
 from benchmarks.contestants.base import Contestant, Session
 from benchmarks.contestants.ours import DURABLE, ThroughGateway
 from benchmarks.servers import driver_url
+from shardgate.coalescing import MOST_TOGETHER
 from shardgate.engines import make_engine
-from shardgate.sql.dialect import Append, Guard, Key, Operation, TailRead
+from shardgate.sql.dialect import Append, Guard, Key, Operation, Outcome, TailRead
 from shardgate.sql.mysql import MySQL
 from shardgate.sql.postgresql import PostgreSQL
 from shardgate.sql.schema import TableNames, build_tables
@@ -157,6 +158,76 @@ class AsyncpgSession:
         async with self.raw.shelf.one() as connection:
             here, new = await connection.fetchrow(self.raw.append_sql, *place, *values)
         if not (here and new):
+            raise LookupError("the guard refused a session that lives here")
+
+
+class RawTogether(RawPostgreSQL):
+    """asyncpg, with our statements for many operations: what is left to a gateway that gathers.
+
+    Two connections for reads and two for appends. Each that is free takes all who wait, as many as
+    we send together; nothing else is done for them.
+    """
+
+    key: ClassVar[str] = "raw-together"
+    title: ClassVar[str] = "raw asyncpg, our statement for many"
+
+    def prepare(self, url: str) -> None:
+        self.dialect = PostgreSQL(_tables(), make_engine(url, {}).dialect)
+        self.connections = 4
+
+    async def open(self) -> None:
+        await super().open()
+        self.reads = Crowd(self.dialect.tail_many, self.shelf.connections[:2])
+        self.appends = Crowd(self.dialect.append_many, self.shelf.connections[2:])
+
+    def session(self, name: Name) -> Session:
+        return CrowdSession(self, self.spots[name])
+
+
+class Crowd:
+    """Operations that wait for a connection, and go on it together."""
+
+    def __init__(self, send: Any, connections: list[Any]) -> None:
+        self._send = send
+        self._free = list(connections)
+        self._waiting: list[tuple[Any, asyncio.Future[Any]]] = []
+        self._flights: set[asyncio.Task[None]] = set()
+
+    async def join(self, operation: Any) -> Any:
+        """The operation's answer."""
+        answer = asyncio.get_running_loop().create_future()
+        self._waiting.append((operation, answer))
+        if self._free:
+            flight = asyncio.create_task(self._fly(self._free.pop()))
+            self._flights.add(flight)
+            flight.add_done_callback(self._flights.discard)
+        return await answer
+
+    async def _fly(self, connection: Any) -> None:
+        while self._waiting:
+            going, self._waiting = self._waiting[:MOST_TOGETHER], self._waiting[MOST_TOGETHER:]
+            answers = await self._send(connection, [operation for operation, _ in going])
+            for (_, waits), answer in zip(going, answers, strict=True):
+                waits.set_result(answer)
+        self._free.append(connection)
+
+
+@dataclass(frozen=True, slots=True)
+class CrowdSession:
+    """Operations that go with others."""
+
+    raw: RawTogether
+    spot: Spot
+
+    async def get_items(self, limit: int | None = None) -> list[Any]:
+        rows = await self.raw.reads.join(TailRead(self.spot.key, self.spot.guard, limit))
+        return [json.loads(data) for data in reversed(rows or [])]
+
+    async def add_items(self, items: list[Any]) -> None:
+        data = [json.dumps(item, separators=(",", ":")) for item in items]
+        operation, incarnation = Operation(uuid4().hex, "append"), secrets.randbits(63)
+        append = Append(self.spot.key, self.spot.guard, operation, data, incarnation)
+        if await self.raw.appends.join(append) is not Outcome.DONE:
             raise LookupError("the guard refused a session that lives here")
 
 

@@ -8,7 +8,7 @@ from benchmarks.contestants.adk import ADK
 from benchmarks.contestants.base import Contestant, Stage
 from benchmarks.contestants.langgraph import LangGraph
 from benchmarks.contestants.ours import StandAlone, ThroughGateway
-from benchmarks.contestants.raw import RawMariaDB, RawPostgreSQL
+from benchmarks.contestants.raw import RawMariaDB, RawPostgreSQL, RawTogether
 from benchmarks.contestants.sdk import (
     SDKRedis,
     SDKRedisDurable,
@@ -25,6 +25,7 @@ ON_POSTGRESQL: tuple[type[Contestant], ...] = (
     ThroughGateway,
     StandAlone,
     RawPostgreSQL,
+    RawTogether,
     SDKSQLAlchemy,
     SDKSQLAlchemyKept,
     SDKRedisDurable,

@@ -21,7 +21,6 @@ from shardgate.errors import (
     FreezeTooLong,
     MoveBusy,
     MoveLost,
-    OwnershipConflict,
     TransientError,
 )
 from shardgate.handover import RELEASED
@@ -281,9 +280,7 @@ class Shifter:
             except EXPECTED as error:
                 line["error"] = repr(error)
             except ShardgateError as error:
-                line["error"] = repr(error)
-                if not isinstance(error, OwnershipConflict) or act is not self._tidy:
-                    line["wrong"] = True
+                line |= {"error": repr(error), "wrong": True}
             except BaseException as error:
                 line |= {"error": repr(error), "wrong": True}
                 raise
@@ -377,9 +374,8 @@ async def clear_up(gateway: Gateway, argument: dict[str, Any]) -> list[str]:
                 await one._move({})
         rests = [row for row in await find_unfinished(one._known()) if row.is_rest]
         for row in rests:
-            with suppress(OwnershipConflict):
-                await one.tell(row)
-                await one.remove(row, kept)
+            await one.tell(row)
+            await one.remove(row, kept)
         owners = await one.owners()
         left = await find_unfinished(one._known())
         if not left and argument["drained"] not in owners.values():

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 NETWORKED = pytest.mark.backends("postgresql", "mariadb", "mysql")
 CUTS = 8
 """In what a deletion sends, and in what it is answered."""
+DIGITS = 5
+"""By so many bytes may an answer be shorter: a moment in it can end in zeros, which are left out."""
 
 OLD: list[Any] = [{"id": "old"}]
 NEW: list[Any] = [{"id": "new"}]
@@ -97,7 +99,7 @@ async def test_with_the_wire_cut_at_every_point(proxied: Wire, there: bool) -> N
     assert await delete() is there
     crossed = proxied.proxy.traffic - before
     for side, size in (("client", crossed.client_bytes), ("server", crossed.server_bytes)):
-        for place in [*(size * step // CUTS for step in range(CUTS)), size - 1]:
+        for place in [*(size * step // CUTS for step in range(CUTS)), size - DIGITS]:
             proxied.proxy.cut_after(**{side: place})
             assert await delete() is there, (side, place, size)
             await asyncio.wait_for(proxied.proxy.was_cut(), SECONDS)

@@ -17,7 +17,7 @@ from shardgate import handover
 from shardgate.control.copying import MOST_ITEMS, OPS_PAGE, PAGE, batches, is_large
 from shardgate.control.recording import Recorder
 from shardgate.control.standbys import wait_for_standbys
-from shardgate.errors import OwnershipConflict, ShardgateError
+from shardgate.errors import ShardgateError
 from shardgate.handover import CANCELLED, DRAINING, IMPORTING, OWNED, RELEASED
 from shardgate.records import (
     RowChangedError,
@@ -135,9 +135,7 @@ async def remove_remains(
         if server is None or not (await look(Ends(server, shard, rest.row.slot))).is_undone:
             return "its move has not ended: finish or end it first"
         reason, owner = None, server.uuid or ""
-    if reason is None:
-        await _remove(plan, shard, rest.row, owner)
-    return reason
+    return reason or await _remove(plan, shard, rest.row, owner)
 
 
 async def _why_kept(
@@ -171,7 +169,8 @@ async def _most_know(shards: Mapping[str, Shard], released: SlotRow) -> bool:
     return 2 * sum(epoch >= released.epoch for epoch in epochs) > len(shards)
 
 
-async def _remove(plan: Plan, shard: Shard, row: SlotRow, owner: str) -> None:
+async def _remove(plan: Plan, shard: Shard, row: SlotRow, owner: str) -> str | None:
+    """Remove them; why some were kept, if so."""
     tables = shard.tables
     span = Span(*slot_range(row.slot, plan.slots))
 
@@ -186,11 +185,8 @@ async def _remove(plan: Plan, shard: Shard, row: SlotRow, owner: str) -> None:
         while not await shard.transact(portion):
             pass
     except RowChangedError:
-        raise OwnershipConflict(
-            f"slot {row.slot} of shard {shard.name!r} has changed while its rows were removed: "
-            "what was left of them stays",
-            keyspace=plan.keyspace,
-        ) from None
+        return "its row has changed meanwhile: somebody else removes it, or moves the slot again"
+    return None
 
 
 async def _remove_some(connection: AsyncConnection, shard: Shard, span: Span) -> bool:
