@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -68,6 +69,17 @@ async def test_what_was_released_goes_after_the_grace(gateway: Gateway, slot: in
     assert await count(gateway, "a", slot) == 0
     assert await count(gateway, "b", slot) > 0
     assert await find_unfinished(gateway.shards) == []
+
+
+async def test_two_who_remove_the_same(gateway: Gateway, slot: int) -> None:
+    await mover_of(gateway).move(slot, "a", "b")
+    plan, shards = Plan.of(gateway.settings, "main"), gateway.shards
+    (rest,) = await find_unfinished(shards)
+    removals = [remove_remains(plan, shards, rest, grace_seconds=0) for _ in range(4)]
+    reasons = await asyncio.gather(*removals)
+    assert reasons.count(None) == 1
+    assert await count(gateway, "a", slot) == 0
+    assert await find_unfinished(shards) == []
 
 
 async def test_who_has_died_before_he_could_tell(gateway: Gateway, slot: int) -> None:

@@ -24,7 +24,7 @@ NETWORKED = pytest.mark.backends("postgresql", "mariadb", "mysql")
 CUTS = 8
 """In what a deletion sends, and in what it is answered."""
 DIGITS = 5
-"""By so many bytes may an answer be shorter: a moment in it can end in zeros, which are left out."""
+"""By so many bytes may an answer be shorter: zeros that a moment in it ends in are left out."""
 
 OLD: list[Any] = [{"id": "old"}]
 NEW: list[Any] = [{"id": "new"}]
