@@ -15,7 +15,6 @@ are never older than the revision that is written with them.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -37,7 +36,7 @@ from shardgate.sql.moving import (
     read_digests_from,
     read_items,
     read_items_from,
-    read_op_keys,
+    read_op_sizes,
     read_ops,
     read_sessions,
     read_tenants,
@@ -60,11 +59,11 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 K = TypeVar("K", bound=tuple[Any, ...])
-C = TypeVar("C", bound=Collection[Any])
+V = TypeVar("V")
 
-PAGE = 200
+PAGE = 1000
 """Sessions that are compared at a time."""
-OPS_PAGE = 1000
+OPS_PAGE = 5000
 """Operations that are compared at a time."""
 MOST_ITEMS, MOST_BYTES = 1000, 1 << 20
 """Items, and bytes of them, that are written at a time, unless a single one has more."""
@@ -232,20 +231,23 @@ class Copying:
             after = last
 
     async def _page(
-        self, site: Site, read: Callable[..., Awaitable[C]], *, after: K | None, limit: int
-    ) -> tuple[C, C, K | None]:
-        """A page of the source's, what the target has in its place, and where it ends if it is not
-        the last one. Both are asked at the same time; the order of keys is that of bytes here, too.
+        self,
+        site: Site,
+        read: Callable[..., Awaitable[dict[K, V]]],
+        *,
+        after: K | None,
+        limit: int,
+    ) -> tuple[dict[K, V], dict[K, V], K | None]:
+        """What both have after a key, up to where one of them ends, and that key unless it was the
+        last page. Both are asked at the same time; the order of keys is that of bytes here, too.
         """
         page = partial(read, span=self.span, after=after, limit=limit)
         theirs, ours = await together((self._ask(page), site.read(self._on_target(page))))
-        if len(theirs) < limit and len(ours) < limit:
+        ends = [list(found)[-1] for found in (theirs, ours) if len(found) == limit]
+        if not ends:
             return theirs, ours, None
-        last = list(theirs)[-1] if len(theirs) == limit else None
-        if last is not None and (len(ours) < limit or list(ours)[-1] >= last):
-            return theirs, up_to(last, ours), last
-        rest = partial(read, span=self.span, after=after, last=last)
-        return theirs, await site.read(self._on_target(rest)), last
+        last = min(ends)
+        return up_to(last, theirs), up_to(last, ours), last
 
     def _contents(
         self,
@@ -299,9 +301,7 @@ class Copying:
         self.counts.sessions += sum(content.whole for content in contents)
         self.counts.items += sum(len(content.items) for content in contents)
         self.counts.nbytes += size
-        if not site.urgent:
-            await self.beat()
-            await self.pace.spend(size)
+        await self._pause(site, size)
 
     async def _check_written(self, site: Site, content: Content) -> None:
         read = partial(
@@ -341,18 +341,29 @@ class Copying:
         after: OpKey | None = None
         differences, tables = 0, self.ends.target.tables
         while True:
-            theirs, ours, last = await self._page(site, read_op_keys, after=after, limit=OPS_PAGE)
-            missing, extra = sorted(set(theirs) - set(ours)), sorted(set(ours) - set(theirs))
+            theirs, ours, last = await self._page(site, read_op_sizes, after=after, limit=OPS_PAGE)
             await self._admit(site, {key.tenant_id for key in theirs})
-            if missing:
-                rows = await self._ask(read_ops, first=missing[0], last=missing[-1])
-                await site.write(partial(put_ops, tables=tables, rows=rows))
+            for portion in portions(theirs):
+                missing = [key for key in portion if key not in ours]
+                if missing:
+                    rows = await self._ask(read_ops, first=missing[0], last=missing[-1])
+                    await site.write(partial(put_ops, tables=tables, rows=rows))
+                    differences += len(missing)
+                    await self._pause(site, sum(theirs[key] for key in missing))
+            extra = [key for key in ours if key not in theirs]
             if extra:
                 await site.write(partial(remove_ops, tables=tables, keys=extra))
-            differences += len(missing) + len(extra)
+                differences += len(extra)
+                await self._pause(site, 0)
             if last is None:
                 return differences
             after = last
+
+    async def _pause(self, site: Site, nbytes: int) -> None:
+        """Keep the pace after so much was written, unless nobody serves the slot."""
+        if not site.urgent:
+            await self.beat()
+            await self.pace.spend(nbytes)
 
     async def _compare(self, versions: Mapping[SessionKey, Version]) -> None:
         """Compare the digests of sessions that were level a moment ago."""
@@ -428,11 +439,23 @@ class Copying:
         return partial(read, tables=self.ends.target.tables)
 
 
-def up_to(last: Any, found: Any) -> Any:
-    """What was found, a dictionary or a list in order, without what comes after a key."""
-    if isinstance(found, dict):
-        return {key: value for key, value in found.items() if key <= last}
-    return [key for key in found if key <= last]
+def up_to(last: K, found: dict[K, V]) -> dict[K, V]:
+    """What was found, without what comes after a key."""
+    return {key: value for key, value in found.items() if key <= last}
+
+
+def portions(sizes: Mapping[OpKey, int]) -> Iterator[list[OpKey]]:
+    """Operations, in order, as many at a time as may be written together."""
+    portion: list[OpKey] = []
+    size = 0
+    for key, nbytes in sizes.items():
+        size += nbytes
+        if portion and (size > MOST_BYTES or len(portion) == MOST_ITEMS):
+            yield portion
+            portion, size = [], nbytes
+        portion.append(key)
+    if portion:
+        yield portion
 
 
 def is_large(version: Version) -> bool:

@@ -14,7 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from shardgate import handover
-from shardgate.control.copying import MOST_ITEMS, OPS_PAGE, PAGE, batches, is_large
+from shardgate.control.copying import MOST_ITEMS, PAGE, batches, is_large
 from shardgate.control.recording import Recorder
 from shardgate.control.standbys import wait_for_standbys
 from shardgate.errors import ShardgateError
@@ -32,7 +32,7 @@ from shardgate.settling import together
 from shardgate.slots import slot_range
 from shardgate.sql.moving import (
     Span,
-    read_op_keys,
+    read_op_sizes,
     read_versions,
     remove_ops,
     remove_sessions,
@@ -201,6 +201,6 @@ async def _remove_some(connection: AsyncConnection, shard: Shard, span: Span) ->
     if versions:
         await remove_sessions(connection, tables, next(batches(versions, versions)))
         return True
-    ops = await read_op_keys(connection, tables, span, limit=OPS_PAGE)
+    ops = await read_op_sizes(connection, tables, span, limit=MOST_ITEMS)
     await remove_ops(connection, tables, ops)
     return bool(ops)

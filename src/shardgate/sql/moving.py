@@ -159,30 +159,36 @@ async def read_versions(
     span: Span,
     *,
     after: SessionKey | None = None,
-    last: SessionKey | None = None,
     limit: int | None = None,
 ) -> dict[SessionKey, Version]:
-    """The sessions of a slot after one key, up to another one, in order, ``limit`` at most."""
+    """The sessions of a slot after a key, in order, ``limit`` at most."""
     sessions = tables.sessions
     key = [sessions.c[field] for field in SessionKey._fields]
     statement = select(*key, *(sessions.c[field] for field in _VERSION))
-    rows = await connection.execute(_walk(statement, key, span, after, last, limit))
+    rows = await connection.execute(_walk(statement, key, span, after, limit))
     return {SessionKey(*row[:3]): Version(*row[3:]) for row in rows}
 
 
-async def read_op_keys(
+async def read_op_sizes(
     connection: AsyncConnection,
     tables: Tables,
     span: Span,
     *,
     after: OpKey | None = None,
-    last: OpKey | None = None,
     limit: int | None = None,
-) -> list[OpKey]:
-    """The operations of a slot after one key, up to another one, in order, ``limit`` at most."""
-    key = [tables.ops.c[field] for field in OpKey._fields]
-    rows = await connection.execute(_walk(select(*key), key, span, after, last, limit))
-    return [OpKey(*row) for row in rows]
+) -> dict[OpKey, int]:
+    """The operations of a slot after a key, in order, ``limit`` at most, and how large about, in
+    bytes, what each has kept is."""
+    # PostgreSQL would have to unpack a value to count its characters; SQLite knows no bytes.
+    size = func.length if connection.dialect.name == "sqlite" else func.octet_length
+    key = _op_key(tables)
+    statement = select(*key, func.coalesce(size(tables.ops.c.result), 0))
+    rows = await connection.execute(_walk(statement, key, span, after, limit))
+    return {OpKey(*row[:-1]): row[-1] for row in rows}
+
+
+def _op_key(tables: Tables) -> list[Column[Any]]:
+    return [tables.ops.c[field] for field in OpKey._fields]
 
 
 def _walk(
@@ -190,16 +196,12 @@ def _walk(
     key: Sequence[Column[Any]],
     span: Span,
     after: tuple[Any, ...] | None,
-    last: tuple[Any, ...] | None,
     limit: int | None,
 ) -> Any:
     first = span.first if after is None else after[0]
-    end = span.last if last is None else last[0]
-    statement = statement.where(key[0].between(first, end))
+    statement = statement.where(key[0].between(first, span.last))
     if after is not None:
         statement = statement.where(beyond(key, after))
-    if last is not None:
-        statement = statement.where(~beyond(key, last))
     return statement.order_by(*key).limit(limit)
 
 
@@ -461,13 +463,16 @@ async def read_ops(
     connection: AsyncConnection, tables: Tables, first: OpKey, last: OpKey
 ) -> list[Mapping[str, Any]]:
     """The operations from one key to another one, as columns by name."""
-    key = [tables.ops.c[field] for field in OpKey._fields]
+    statement = select(tables.ops).where(_between(tables, first, last)).order_by(*_op_key(tables))
+    return [dict(row) for row in (await connection.execute(statement)).mappings()]
+
+
+def _between(tables: Tables, first: OpKey, last: OpKey) -> ColumnElement[bool]:
+    key = _op_key(tables)
     is_first = and_(*(column == value for column, value in zip(key, first, strict=True)))
-    statement = select(tables.ops).where(
+    return and_(
         key[0].between(first.h, last.h), or_(is_first, beyond(key, first)), ~beyond(key, last)
     )
-    rows = await connection.execute(statement.order_by(*key))
-    return [dict(row) for row in rows.mappings()]
 
 
 async def put_ops(
@@ -477,18 +482,16 @@ async def put_ops(
     if not rows:
         return
     keys = [OpKey(*(row[field] for field in OpKey._fields)) for row in rows]
-    here = {
-        OpKey(*(row[field] for field in OpKey._fields))
-        for row in await read_ops(connection, tables, keys[0], keys[-1])
-    }
+    known = select(*_op_key(tables)).where(_between(tables, keys[0], keys[-1]))
+    here = {OpKey(*row) for row in await connection.execute(known)}
     new = [dict(row) for key, row in zip(keys, rows, strict=True) if key not in here]
     for part in _parts(new):
         await _insert(connection, tables.ops, part)
 
 
-async def remove_ops(connection: AsyncConnection, tables: Tables, keys: Sequence[OpKey]) -> None:
+async def remove_ops(connection: AsyncConnection, tables: Tables, keys: Iterable[OpKey]) -> None:
     """Remove operations."""
-    columns = [tables.ops.c[field] for field in OpKey._fields]
+    columns = _op_key(tables)
     of = [column == bindparam(f"key_{column.name}", type_=column.type) for column in columns]
     values = [{f"key_{field}": value for field, value in key._asdict().items()} for key in keys]
     if values:
