@@ -39,7 +39,11 @@ if TYPE_CHECKING:
 
     from moves.conftest import Apart
 
-RUN = "from shardgate.cli.app import run; run()"
+RUN = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by what runs in the background
+from shardgate.cli.app import run; run()
+"""
 SLOTS = 16
 SESSIONS = 32
 SECONDS = 60

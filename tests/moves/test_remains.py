@@ -82,6 +82,24 @@ async def test_two_who_remove_the_same(gateway: Gateway, slot: int) -> None:
     assert await find_unfinished(shards) == []
 
 
+async def test_what_was_given_to_a_shard_that_is_gone(gateway: Gateway, slot: int) -> None:
+    """It has given the slot to another one before it was taken out of the settings."""
+    mover = mover_of(gateway)
+    await mover.move(slot, "a", "b")
+    plan = Plan.of(gateway.settings, "main")
+    left = {name: shard for name, shard in gateway.shards.items() if name != "b"}
+    (rest,) = await find_unfinished(left)
+    assert (rest.shard, rest.peer) == ("a", None)
+    reason = await remove_remains(plan, left, rest, grace_seconds=0)
+    assert reason is not None
+    assert "nobody else serves the slot" in reason
+    await mover.move(slot, "b", "c")
+    assert await remove_remains(plan, left, rest, grace_seconds=0) is None
+    assert await count(gateway, "a", slot) == 0
+    assert await count(gateway, "c", slot) > 0
+    assert (await places(gateway.shards))[slot] == "c"
+
+
 async def test_who_has_died_before_he_could_tell(gateway: Gateway, slot: int) -> None:
     """The others are told then: what was released is not kept for good."""
     await mover_of(gateway).move(slot, "a", "b", tells=False)

@@ -2,11 +2,13 @@
 
 A pass walks the slot on both shards side by side, a page at a time, and brings the target level
 where the two differ. As long as the source serves, a pass leaves behind what has changed since; the
-last one, once the source is fenced, leaves nothing. The second one compares the digests of all
-items, and those that come after it read what they have written: so nothing is left unverified that
-was written before the last one, which reads what it has written, too. Nothing is remembered from
-one pass to the next but which tenants the target knows, so it does not matter who has made those
-before.
+last one, once the source is fenced, leaves nothing. It walks only those parts of a large slot whose
+rows do not come to the same number on both sides.
+
+The second pass compares the digests of all items. Whatever is written after it is read back and
+compared, and whenever a session is written its items are counted: so none is served whose items
+were not all compared with the source's. Nothing is remembered from one pass to the next but which
+tenants the target knows, so it does not matter who has made those before.
 
 What differs is told by (incarnation, revision): a session's row is read before its items, so items
 are never older than the revision that is written with them.
@@ -37,7 +39,9 @@ from shardgate.sql.moving import (
     read_items,
     read_items_from,
     read_op_sizes,
+    read_op_times,
     read_ops,
+    read_prints,
     read_sessions,
     read_tenants,
     read_versions,
@@ -65,6 +69,8 @@ PAGE = 1000
 """Sessions that are compared at a time."""
 OPS_PAGE = 5000
 """Operations that are compared at a time."""
+_MOST_SPANS = 16
+"""Parts of a slot that are walked by themselves, if no more differ."""
 MOST_ITEMS, MOST_BYTES = 1000, 1 << 20
 """Items, and bytes of them, that are written at a time, unless a single one has more."""
 
@@ -143,7 +149,8 @@ class Copying:
 
     ``beat`` is called every now and then, while nothing is urgent. ``tenants`` are those that the
     target is known to know: they are never removed. ``calm`` is waited for before each portion,
-    unless this very slot is served by nobody.
+    unless this very slot is served by nobody; then ``hurry`` is called, which raises when that has
+    lasted too long.
     """
 
     ends: Ends
@@ -154,6 +161,8 @@ class Copying:
     beat: Callable[[], Awaitable[None]]
     tenants: set[str] = field(default_factory=set)
     calm: Calm | None = None
+    hurry: Callable[[], object] = lambda: None
+    _is_small: bool = False
 
     async def copy(self, *, checks: bool = False) -> int:
         """One pass while the source may be serving; how many sessions and operations differed.
@@ -161,7 +170,7 @@ class Copying:
         ``checks``: it reads what it has written.
 
         Raises:
-            RowChanged: the claim holds no more.
+            RowChangedError: the claim holds no more.
             VerificationFailed: the target does not read what was just written to it.
         """
         return await self._pass(self._while_claimed(), checks=checks)
@@ -183,7 +192,7 @@ class Copying:
             await self._wait_for_calm()
 
             async def claimed(connection: AsyncConnection) -> T:
-                await hold_row(connection, target.tables, self.claim)
+                await hold_row(connection, target.tables, self.claim, alone=True)
                 return await act(connection)
 
             return await target.transact(claimed)
@@ -201,11 +210,37 @@ class Copying:
         async def at_once(act: Callable[[AsyncConnection], Awaitable[T]]) -> T:
             return await act(connection)
 
-        return await self._pass(Site(at_once, at_once, urgent=True), checks=True)
+        site = Site(at_once, at_once, urgent=True)
+        spans = [self.span] if self._is_small else await self._uneven(site)
+        return sum([await self._pass(site, checks=True, span=span) for span in spans])
 
-    async def _pass(self, site: Site, *, checks: bool = False, compares: bool = False) -> int:
-        differences = 0
-        async for theirs, ours in self._pages(site):
+    async def _uneven(self, site: Site) -> list[Span]:
+        """The parts of the slot that are not the same on both shards."""
+        read = partial(read_prints, span=self.span)
+        theirs, ours = await together((self._ask(read), site.read(self._on_target(read))))
+        self.hurry()
+        differ = [key for key in theirs.keys() | ours.keys() if theirs.get(key) != ours.get(key)]
+        if len(differ) > _MOST_SPANS:
+            return [self.span]
+        spans: dict[int, Span] = {}
+        for table, number in differ:
+            prints = [found[table, number] for found in (theirs, ours) if (table, number) in found]
+            known = spans.get(number, Span(prints[0].first, prints[0].last))
+            first = min(known.first, *(one.first for one in prints))
+            spans[number] = Span(first, max(known.last, *(one.last for one in prints)))
+        return list(spans.values())
+
+    async def _pass(
+        self,
+        site: Site,
+        *,
+        checks: bool = False,
+        compares: bool = False,
+        span: Span | None = None,
+    ) -> int:
+        differences = pages = 0
+        span = span or self.span
+        async for theirs, ours in self._pages(site, span):
             await self._admit(site, {key.tenant_id for key in theirs})
             gone = [key for key in ours if key not in theirs]
             await self._remove(site, gone, ours)
@@ -216,15 +251,19 @@ class Copying:
             if compares:
                 await self._compare(theirs)
             differences += len(gone) + len(changed)
-        return differences + await self._pass_ops(site)
+            pages += 1
+        op_pages, op_differences = await self._pass_ops(site, span)
+        self._is_small = pages == op_pages == 1
+        return differences + op_differences
 
     async def _pages(
-        self, site: Site
+        self, site: Site, span: Span
     ) -> AsyncIterator[tuple[dict[SessionKey, Version], dict[SessionKey, Version]]]:
-        """The versions of the slot's sessions on the source and on the target, side by side."""
+        """The versions of the sessions on the source and on the target, side by side."""
         after: SessionKey | None = None
         while True:
-            theirs, ours, last = await self._page(site, read_versions, after=after, limit=PAGE)
+            read = partial(read_versions, span=span)
+            theirs, ours, last = await self._page(site, read, after=after, limit=PAGE)
             yield theirs, ours
             if last is None:
                 return
@@ -241,8 +280,10 @@ class Copying:
         """What both have after a key, up to where one of them ends, and that key unless it was the
         last page. Both are asked at the same time; the order of keys is that of bytes here, too.
         """
-        page = partial(read, span=self.span, after=after, limit=limit)
+        page = partial(read, after=after, limit=limit)
         theirs, ours = await together((self._ask(page), site.read(self._on_target(page))))
+        if site.urgent:
+            self.hurry()
         ends = [list(found)[-1] for found in (theirs, ours) if len(found) == limit]
         if not ends:
             return theirs, ours, None
@@ -283,7 +324,7 @@ class Copying:
         grown = ours is not None and version_of(row).has_only_grown_since(ours)
         since = ours.next_seq if grown and ours is not None else row["floor_seq"]
         while True:
-            limit = _portion(row)
+            limit = portion_of(version_of(row))
             items = await self._ask(read_items_from, key=key, since=since, limit=limit)
             below = items[-1]["seq"] + 1 if len(items) == limit else None
             yield [Content(row, items, since, below, whole=below is None)]
@@ -293,7 +334,9 @@ class Copying:
 
     async def _put(self, site: Site, contents: list[Content], *, checks: bool) -> None:
         tables = self.ends.target.tables
-        await site.write(partial(put_sessions, tables=tables, contents=contents))
+        uneven = await site.write(partial(put_sessions, tables=tables, contents=contents))
+        if uneven and site.urgent:
+            raise self._failure(uneven[0])
         if checks:
             for content in contents:
                 await self._check_written(site, content)
@@ -311,8 +354,15 @@ class Copying:
         if content.below is not None:
             found = {seq: digest for seq, digest in found.items() if seq < content.below}
         if found != {item["seq"]: digest_of(item["message_data"]) for item in content.items}:
+            await self._check_claim(site)
             raise self._failure(content.key)
         self.counts.verified += len(found)
+
+    async def _check_claim(self, site: Site) -> None:
+        """Find out whether somebody else writes there by now: then nothing was wrong."""
+        if not site.urgent:
+            target = self.ends.target
+            await target.query(partial(hold_row, tables=target.tables, row=self.claim))
 
     async def _remove(
         self, site: Site, keys: list[SessionKey], ours: Mapping[SessionKey, Version]
@@ -334,34 +384,47 @@ class Copying:
             rows = await self._ask(read_tenants, tenant_ids=unknown)
             put = partial(put_tenants, tables=self.ends.target.tables, rows=rows)
             await site.write(put)
-            self.tenants |= unknown
+            if not site.urgent:  # else it may be rolled back with the decision
+                self.tenants |= unknown
 
-    async def _pass_ops(self, site: Site) -> int:
-        """Bring the operations level: they outlive their sessions, and are never changed."""
+    async def _pass_ops(self, site: Site, span: Span) -> tuple[int, int]:
+        """Bring the operations level; how many pages it were, and how many differed.
+
+        They outlive their sessions, and are never changed; but a key that one shard has forgotten,
+        and not the other one, may have been used again.
+        """
         after: OpKey | None = None
-        differences, tables = 0, self.ends.target.tables
+        pages = differences = 0
+        read = partial(read_op_times, span=span)
         while True:
-            theirs, ours, last = await self._page(site, read_op_sizes, after=after, limit=OPS_PAGE)
+            theirs, ours, last = await self._page(site, read, after=after, limit=OPS_PAGE)
             await self._admit(site, {key.tenant_id for key in theirs})
-            for portion in portions(theirs):
-                missing = [key for key in portion if key not in ours]
-                if missing:
-                    rows = await self._ask(read_ops, first=missing[0], last=missing[-1])
-                    await site.write(partial(put_ops, tables=tables, rows=rows))
-                    differences += len(missing)
-                    await self._pause(site, sum(theirs[key] for key in missing))
-            extra = [key for key in ours if key not in theirs]
-            if extra:
-                await site.write(partial(remove_ops, tables=tables, keys=extra))
-                differences += len(extra)
-                await self._pause(site, 0)
+            wrong = [key for key in ours if theirs.get(key) != ours[key]]
+            if wrong:
+                tables = self.ends.target.tables
+                await site.write(partial(remove_ops, tables=tables, keys=wrong))
+            missing = [key for key in theirs if ours.get(key) != theirs[key]]
+            if missing:
+                await self._put_ops(site, missing)
+            differences += len(missing) + sum(key not in theirs for key in wrong)
+            pages += 1
             if last is None:
-                return differences
+                return pages, differences
             after = last
 
+    async def _put_ops(self, site: Site, missing: list[OpKey]) -> None:
+        """Copy these operations, and whatever lies between them."""
+        sizes = await self._ask(read_op_sizes, first=missing[0], last=missing[-1])
+        for portion in portions(sizes):
+            rows = await self._ask(read_ops, first=portion[0], last=portion[-1])
+            await site.write(partial(put_ops, tables=self.ends.target.tables, rows=rows))
+            await self._pause(site, sum(sizes[key] for key in portion))
+
     async def _pause(self, site: Site, nbytes: int) -> None:
-        """Keep the pace after so much was written, unless nobody serves the slot."""
-        if not site.urgent:
+        """Keep the pace after so much was written; or hurry, where nobody serves the slot."""
+        if site.urgent:
+            self.hurry()
+        else:
             await self.beat()
             await self.pace.spend(nbytes)
 
@@ -374,7 +437,7 @@ class Copying:
         for batch in batches(small, versions):
             await self._compare_small(batch)
             await self.beat()
-        await self.pace.spend(sum(version.byte_count for version in versions.values()))
+            await self.pace.spend(sum(versions[key].byte_count for key in batch))
 
     async def _compare_small(self, keys: list[SessionKey]) -> None:
         read: Any = partial(read_digests, keys=keys)
@@ -394,17 +457,20 @@ class Copying:
         unless it is one of another incarnation."""
         since: int | None = theirs.floor_seq
         lacks = contradicts = False
+        limit = portion_of(theirs)
         while since is not None:
-            read = partial(read_digests_from, key=key, since=since, limit=MOST_ITEMS)
+            read = partial(read_digests_from, key=key, since=since, limit=limit)
             expected = await self._ask(read)
             found = await self.ends.target.query(self._on_target(read))
-            since = max(expected) + 1 if len(expected) == MOST_ITEMS else None
+            since = max(expected) + 1 if len(expected) == limit else None
             if since is not None:
                 found = {seq: digest for seq, digest in found.items() if seq < since}
             common = expected.keys() & found.keys()
             contradicts |= any(expected[seq] != found[seq] for seq in common)
             lacks |= expected.keys() != found.keys()
             self.counts.verified += len(common)
+            await self.beat()
+            await self.pace.spend(theirs.byte_count * len(expected) // max(theirs.item_count, 1))
         if (lacks or contradicts) and await self._fails(key, theirs, contradicts=contradicts):
             raise self._failure(key)
 
@@ -462,9 +528,9 @@ def is_large(version: Version) -> bool:
     return version.item_count > MOST_ITEMS or version.byte_count > MOST_BYTES
 
 
-def _portion(row: Mapping[str, Any]) -> int:
-    """How many items of a session are about as many bytes as may be written at a time."""
-    average: int = max(row["byte_count"] // max(row["item_count"], 1), 1)
+def portion_of(version: Version) -> int:
+    """How many items of a session are about as many bytes as may be read or written at a time."""
+    average = max(version.byte_count // max(version.item_count, 1), 1)
     return max(1, min(MOST_ITEMS, MOST_BYTES // average))
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from enum import Enum
 from functools import partial
@@ -20,6 +21,7 @@ from shardgate.control.copying import Calm, Copying, Counts, Pace
 from shardgate.control.recording import Recorder
 from shardgate.control.standbys import check_commits
 from shardgate.errors import (
+    Contended,
     FreezeTooLong,
     MoveBusy,
     MoveLost,
@@ -27,7 +29,7 @@ from shardgate.errors import (
     ShardgateError,
     TransientError,
 )
-from shardgate.handover import CANCELLED, DRAINING, IMPORTING, OWNED, Act, next_act
+from shardgate.handover import CANCELLED, DRAINING, IMPORTING, Act, next_act
 from shardgate.records import (
     RowChangedError,
     change_row,
@@ -195,7 +197,7 @@ class Mover:
         await self._check_standbys(ends)
         pair = await look(ends)
         if pair.source.move_id is not None and not pair.is_decided and not takes_over:
-            await self._refuse_busy(ends)
+            await self._refuse_busy(ends, pair.source.peer)
         counts = Counts()
         for attempt in range(self.limits.attempts):
             try:
@@ -203,7 +205,8 @@ class Mover:
             except MoveLost:
                 raise
             except OverBudgetError:
-                await settle(self._step_back(ends, counts))
+                with suppress(Contended):  # then it was not even fenced
+                    await settle(self._step_back(ends, counts))
                 await asyncio.sleep(min(_LONGEST_PAUSE, _FIRST_PAUSE * 2**attempt))
             except BaseException:
                 await settle(self._step_back(ends, counts))
@@ -245,8 +248,10 @@ class Mover:
                 await check_commits(shard)
                 self._checked.add(shard.name)
 
-    async def _refuse_busy(self, ends: Ends) -> None:
-        ages = [await row_age(shard, ends.slot) for shard in (ends.source, ends.target)]
+    async def _refuse_busy(self, ends: Ends, peer: str | None) -> None:
+        """Refuse where a shard that has a part in the move was touched a moment ago."""
+        others = [shard for shard in self.shards.values() if shard.uuid == peer]
+        ages = [await row_age(shard, ends.slot) for shard in (ends.source, ends.target, *others)]
         age = min((age for age in ages if age is not None), default=STUCK_SECONDS)
         if age < STUCK_SECONDS:
             raise MoveBusy(
@@ -283,7 +288,7 @@ class Mover:
                 await asyncio.sleep(_FIRST_PAUSE)
                 run.pair = await self._look_again(run, trouble_since)
             except RowChangedError:
-                run.pair = await look(ends)
+                run.pair = await self._look_again(run, asyncio.get_running_loop().time())
 
     async def _look_again(self, run: _Run, since: float) -> Pair:
         while True:
@@ -301,6 +306,10 @@ class Mover:
             await self._pass_barrier(run)
         elif act is Act.DECIDE:
             await self._decide(run)
+        elif act is Act.MARK and run.pair.is_fenced:
+            # Somebody has left it frozen. What is copied by now has only to be compared again, but
+            # that takes its time: until then it is served where it was.
+            run.pair = await end_move(run.ends)
         else:
             fences = act is Act.FENCE
             step = self._fence(run) if fences else take_step(act, run.pair, run.mine, run.ends)
@@ -325,15 +334,15 @@ class Mover:
             counts=run.counts,
             beat=partial(self._beat, run),
             tenants=self._tenants.setdefault(run.ends.target.name, set()),
-            calm=self._calm if run.pair.source.state == OWNED else None,
+            calm=self._calm,
+            hurry=partial(self._left, run),
         )
         run.touched_at = asyncio.get_running_loop().time()
         self._report(run, Phase.COPYING)
         await copying.copy()
         self._report(run, Phase.VERIFYING)
         differences = await copying.verify()
-        if run.pair.source.state == OWNED:
-            await self._copy_until_level(run, copying, differences)
+        await self._copy_until_level(run, copying, differences)
         run.mine.copied = True
 
     async def _copy_until_level(self, run: _Run, copying: Copying, differences: int) -> None:
@@ -377,9 +386,13 @@ class Mover:
         """Wait for every statement that has passed its guard, and refuse those still at it.
 
         To lock the row is not enough on PostgreSQL: a statement that found the fence not yet
-        committed goes on with the old row afterwards, unless the new one was updated, too.
+        committed goes on with the old row afterwards, unless the new one was updated, too. On other
+        databases the fence has waited for them, and who comes after it reads the fenced row.
         """
         source, row = run.ends.source, run.pair.source
+        if source.engine.dialect.name != "postgresql":
+            run.mine.passed = True
+            return
 
         async def act(connection: AsyncConnection) -> None:
             async with limit_lock_wait(connection, self._left(run), OverBudgetError):
@@ -421,8 +434,7 @@ class Mover:
         Raises:
             OverBudgetError: there are none.
         """
-        if run.fenced_at is None:  # somebody else has fenced it; to go on is the shortest way out
-            return self.limits.patience_seconds
+        assert run.fenced_at is not None, "only one's own fence is gone on with"  # noqa: S101 - for mypy
         left = run.fenced_at + self.limits.freeze_seconds - asyncio.get_running_loop().time()
         if left <= 0:
             raise OverBudgetError
@@ -441,7 +453,8 @@ class Mover:
                 if late or not await self._is_frozen(ends):
                     raise
                 await asyncio.sleep(_FIRST_PAUSE)
-        self._observe(self._event(ends, counts, Phase.STEPPED_BACK))
+        if pair.is_served:
+            self._observe(self._event(ends, counts, Phase.STEPPED_BACK))
         self._recorder.add(pair.source, ends)
         await self._recorder.flush()
 

@@ -13,6 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from shardgate.errors import ShardgateError
+from shardgate.handover import CANCELLED, IMPORTING
 from shardgate.records import read_identity, record_moves
 from shardgate.settling import together
 from shardgate.shards import ask_all
@@ -42,7 +43,12 @@ class Recorder:
         self._turn = asyncio.Lock()
 
     def add(self, row: SlotRow, ends: Ends) -> None:
-        """Have this recorded with the next ``flush``: who owns a slot after its move."""
+        """Have this recorded with the next ``flush``: who owns a slot after its move.
+
+        What a shard says of a slot that it imports, or has imported, tells nothing of that.
+        """
+        if row.state in (IMPORTING, CANCELLED):
+            return
         self._waiting.append(_Told(row, frozenset({ends.source.name, ends.target.name})))
 
     async def flush(self) -> None:

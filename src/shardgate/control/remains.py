@@ -32,7 +32,7 @@ from shardgate.settling import together
 from shardgate.slots import slot_range
 from shardgate.sql.moving import (
     Span,
-    read_op_sizes,
+    read_op_times,
     read_versions,
     remove_ops,
     remove_sessions,
@@ -122,9 +122,11 @@ async def remove_remains(
     """
     shard = shards[rest.shard]
     if rest.row.state == RELEASED:
-        if rest.peer is None:
-            return "the settings do not name the other shard"
-        peer, owner = shards[rest.peer], rest.row.owner
+        # The other shard may have given the slot to a third one since, and be gone.
+        peer = shards[rest.peer] if rest.peer else await who_serves(shards, rest.row.slot)
+        if peer is None:
+            return "the settings do not name the other shard, and nobody else serves the slot"
+        owner = rest.row.owner if rest.peer else peer.uuid or ""
         reason = await _why_kept(shards, shard, peer, rest, grace_seconds)
         if reason is None and not accept_async_standbys:
             await wait_for_standbys(peer, seconds=_STANDBY_SECONDS)
@@ -143,12 +145,14 @@ async def _why_kept(
 ) -> str | None:
     if rest.idle is not None and rest.idle < grace:
         return f"it was released {rest.idle:.0f} seconds ago, and is kept for {grace:g}"
-    pair = await look(Ends(source, target, rest.row.slot))
-    if pair.source != rest.row or not pair.is_decided:
+    ends = Ends(source, target, rest.row.slot)
+    pair = await look(ends)
+    later = pair.target.epoch > rest.row.epoch and pair.target.state == OWNED
+    if pair.source != rest.row or not (pair.is_decided if rest.peer else later):
         return f"shard {target.name!r} does not say that it has got the slot"
     if not await _most_know(shards, rest.row):
         recorder = Recorder(shards)  # who made the move may have died before he could tell
-        recorder.add(rest.row, Ends(source, target, rest.row.slot))
+        recorder.add(pair.target if rest.peer is None else rest.row, ends)
         await recorder.flush()
         if not await _most_know(shards, rest.row):
             return "not even half of the shards have recorded the move"
@@ -201,6 +205,6 @@ async def _remove_some(connection: AsyncConnection, shard: Shard, span: Span) ->
     if versions:
         await remove_sessions(connection, tables, next(batches(versions, versions)))
         return True
-    ops = await read_op_sizes(connection, tables, span, limit=MOST_ITEMS)
+    ops = await read_op_times(connection, tables, span, limit=MOST_ITEMS)
     await remove_ops(connection, tables, ops)
     return bool(ops)

@@ -15,16 +15,32 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from sqlalchemy import String, and_, bindparam, delete, func, insert, or_, select, text, update
+from sqlalchemy import (
+    BigInteger,
+    Integer,
+    String,
+    and_,
+    bindparam,
+    delete,
+    func,
+    insert,
+    literal,
+    or_,
+    select,
+    text,
+    update,
+)
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import FunctionElement
 
+from shardgate.errors import OperatorError
 from shardgate.sql.purge import OpKey, beyond
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+    from datetime import datetime
 
     from sqlalchemy import Column, ColumnElement, Table
     from sqlalchemy.ext.asyncio import AsyncConnection
@@ -37,7 +53,11 @@ _LOCK_WAIT = {"55P03", 1205}
 """How PostgreSQL, and MySQL and MariaDB, say that a lock was waited for too long."""
 INCOMPLETE = 0
 """The revision of a session whose messages are not all here."""
+_PART_BITS = 8
+_MODULUS = 2**31
+_NUMBER_DIGITS = 8
 _BATCH = 500
+_REST_OF_A_PACKET = 1 << 16
 _PACKET = 1 << 19
 """Characters of rows that are sent together to MySQL and MariaDB, in which they get longer."""
 
@@ -114,6 +134,27 @@ def _sqlite_digest(element: text_digest, compiler: Any, **options: Any) -> str:
     return str(compiler.process(element.clauses, **options))
 
 
+class text_number(FunctionElement[int]):  # noqa: N801 - an SQL function, named as those are
+    """The first digits of a text's SHA-256, as a number; not on SQLite."""
+
+    type = BigInteger()
+    inherit_cache = True
+
+
+@compiles(text_number, "postgresql")
+def _postgresql_number(element: text_number, compiler: Any, **options: Any) -> str:
+    value = compiler.process(element.clauses, **options)
+    bytes_ = f"substr(sha256(convert_to({value}, 'UTF8')), 1, {_NUMBER_DIGITS // 2})"
+    return f"('x' || encode({bytes_}, 'hex'))::bit({4 * _NUMBER_DIGITS})::bigint"
+
+
+@compiles(text_number, "mysql")
+@compiles(text_number, "mariadb")
+def _mysql_number(element: text_number, compiler: Any, **options: Any) -> str:
+    digest = f"SHA2({compiler.process(element.clauses, **options)}, 256)"
+    return f"CAST(CONV(LEFT({digest}, {_NUMBER_DIGITS}), 16, 10) AS UNSIGNED)"
+
+
 @asynccontextmanager
 async def limit_lock_wait(
     connection: AsyncConnection, seconds: float, late: type[Exception]
@@ -169,21 +210,31 @@ async def read_versions(
     return {SessionKey(*row[:3]): Version(*row[3:]) for row in rows}
 
 
-async def read_op_sizes(
+async def read_op_times(
     connection: AsyncConnection,
     tables: Tables,
     span: Span,
     *,
     after: OpKey | None = None,
     limit: int | None = None,
+) -> dict[OpKey, datetime]:
+    """The operations of a slot after a key, in order, ``limit`` at most, and when each was
+    recorded: a key that was forgotten can be used again."""
+    key = _op_key(tables)
+    statement = select(*key, tables.ops.c.created_at)
+    rows = await connection.execute(_walk(statement, key, span, after, limit))
+    return {OpKey(*row[:-1]): row[-1] for row in rows}
+
+
+async def read_op_sizes(
+    connection: AsyncConnection, tables: Tables, first: OpKey, last: OpKey
 ) -> dict[OpKey, int]:
-    """The operations of a slot after a key, in order, ``limit`` at most, and how large about, in
-    bytes, what each has kept is."""
+    """About how many bytes each operation from one key to another one has kept, in order."""
     # PostgreSQL would have to unpack a value to count its characters; SQLite knows no bytes.
     size = func.length if connection.dialect.name == "sqlite" else func.octet_length
     key = _op_key(tables)
     statement = select(*key, func.coalesce(size(tables.ops.c.result), 0))
-    rows = await connection.execute(_walk(statement, key, span, after, limit))
+    rows = await connection.execute(statement.where(_between(tables, first, last)).order_by(*key))
     return {OpKey(*row[:-1]): row[-1] for row in rows}
 
 
@@ -203,6 +254,65 @@ def _walk(
     if after is not None:
         statement = statement.where(beyond(key, after))
     return statement.order_by(*key).limit(limit)
+
+
+class Print(NamedTuple):
+    """What the rows of a part of a slot come to: equal prints are of equal rows.
+
+    The rows' ``h`` lie between ``first`` and ``last``.
+    """
+
+    first: int
+    last: int
+    rows: int
+    total: int
+
+
+Prints = dict[tuple[str, int], Print]
+"""By table and number of the part."""
+
+
+async def read_prints(connection: AsyncConnection, tables: Tables, *, span: Span) -> Prints:
+    """The prints of the parts of a slot that are not empty.
+
+    A session's row tells by its incarnation, a random number, and its revision whether it has
+    changed; an operation by its id.
+    """
+    sessions, ops = tables.sessions.c, tables.ops.c
+    version = sessions.incarnation % _MODULUS + sessions.revision
+    shift = max(0, (span.last - span.first).bit_length() - _PART_BITS)
+    found: Prints = {}
+    for table, h, number in (
+        ("sessions", sessions.h, version),
+        ("ops", ops.h, text_number(ops.op_id)),
+    ):
+        part = h.bitwise_rshift(literal(shift, Integer())).bitwise_and(2**_PART_BITS - 1)
+        if connection.dialect.name == "sqlite" and table == "ops":
+            rows = await connection.execute(
+                select(part, h, ops.op_id).where(h.between(span.first, span.last))
+            )
+            _add_up(found, table, [(at, place, _number_of(op_id)) for at, place, op_id in rows])
+            continue
+        statement = select(part, func.min(h), func.max(h), func.count(), func.sum(number))
+        rows = await connection.execute(
+            statement.where(h.between(span.first, span.last)).group_by(part)
+        )
+        for at, *values in rows:
+            found[table, at] = Print(*map(int, values))
+    return found
+
+
+def _add_up(found: Prints, table: str, rows: Iterable[tuple[int, int, int]]) -> None:
+    for at, h, number in rows:
+        known = found.get((table, at), Print(h, h, 0, 0))
+        found[table, at] = Print(
+            min(known.first, h), max(known.last, h), known.rows + 1, known.total + number
+        )
+
+
+def _number_of(text: str) -> int:
+    """What ``text_number`` gives."""
+    return int(digest_of(text)[:_NUMBER_DIGITS], 16)
 
 
 @dataclass(frozen=True, slots=True)
@@ -335,7 +445,7 @@ def digest_of(data: str) -> str:
 
 def _digest(connection: AsyncConnection, value: Any) -> str:
     if connection.dialect.name == "sqlite":
-        return digest_of(value)
+        return digest_of(str(value))  # others may have stored bytes there
     return value.decode() if isinstance(value, bytes) else str(value)
 
 
@@ -365,12 +475,17 @@ def _of(table: Table, key: SessionKey) -> ColumnElement[bool]:
 
 async def put_sessions(
     connection: AsyncConnection, tables: Tables, contents: Sequence[Content]
-) -> None:
+) -> list[SessionKey]:
     """Bring sessions level with what was read of them elsewhere.
 
     To be called by the only one who writes there: what is there already is compared first, so it
     may be done again. What is missing is inserted, what is too much removed; another incarnation
     is replaced.
+
+    Returns:
+        Those that do not have as many items as their rows say: what was read of them was of
+        different moments, or it was only their end, and more than that is missing. They are left
+        incomplete.
     """
     here = await read_sessions(connection, tables, (content.key for content in contents))
     added: list[Mapping[str, Any]] = []
@@ -393,6 +508,25 @@ async def put_sessions(
     await _put_rows(connection, tables.sessions, rows, known=here.keys())
     for part in _parts(added):
         await _insert(connection, tables.messages, part)
+    return await _mark_uneven(connection, tables, [one.key for one in contents if one.whole])
+
+
+async def _mark_uneven(
+    connection: AsyncConnection, tables: Tables, keys: Sequence[SessionKey]
+) -> list[SessionKey]:
+    """Those of these sessions whose items are not as many as their rows say; now incomplete."""
+    sessions, messages = tables.sessions, tables.messages
+    seen = _items_of(tables, keys, (sessions.c.tenant_id, sessions.c.session_id), also_empty=True)
+    counted = seen.group_by(
+        sessions.c.h, sessions.c.tenant_id, sessions.c.session_id, sessions.c.item_count
+    ).having(func.count(messages.c.seq) != sessions.c.item_count)
+    wanted = set(keys)
+    uneven = [SessionKey(*row) for row in await connection.execute(counted)] if keys else []
+    uneven = [key for key in uneven if key in wanted]
+    for key in uneven:
+        of = _of(sessions, key)
+        await connection.execute(update(sessions).where(of).values(revision=INCOMPLETE))
+    return uneven
 
 
 async def _put_rows(
@@ -540,6 +674,7 @@ async def _insert(
     head, values = str(compiled).split(" VALUES ", 1)
     columns = [(name, compiled._bind_processors.get(name)) for name in compiled.positiontup]
     for part in _packets(rows):
+        await _check_packet(connection, part)
         bound = [
             row[name] if process is None else process(row[name])
             for row in part
@@ -547,6 +682,22 @@ async def _insert(
         ]
         together = f"{head} VALUES {', '.join([values] * len(part))}"
         await connection.exec_driver_sql(together, tuple(bound))
+
+
+async def _check_packet(connection: AsyncConnection, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse what the server would hang up on; text travels as hexadecimal digits."""
+    size = sum(
+        2 * len(value.encode()) for row in rows for value in row.values() if type(value) is str
+    )
+    if size <= 2 * _PACKET:
+        return
+    most = (await connection.execute(text("SELECT @@max_allowed_packet"))).scalar_one()
+    if size + _REST_OF_A_PACKET > most:
+        ids = sorted({(row["tenant_id"], row["session_id"]) for row in rows})
+        raise OperatorError(
+            f"what one item of session {ids[0][1]!r} of tenant {ids[0][0]!r} needs to be moved is "
+            f"a packet of about {size} bytes, and max_allowed_packet is {most} there: raise it"
+        )
 
 
 def _packets(rows: Iterable[Mapping[str, Any]]) -> Iterator[list[Mapping[str, Any]]]:
