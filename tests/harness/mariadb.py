@@ -61,6 +61,33 @@ class MariaDBServer(LocalServer):
         super().__init__(backend, folder, durable)
         self._server = server
         self._installer = installer
+        self._options: tuple[str, ...] = ()
+
+    def another(self, *options: str) -> MariaDBServer:
+        """A further server with options of its own and this one's password; not started yet."""
+        other = MariaDBServer(
+            self.backend,
+            self._run_folder,
+            self.durable,
+            server=self._server,
+            installer=self._installer,
+        )
+        other._options = options
+        other._password = self._password
+        return other
+
+    async def follow(self, primary: MariaDBServer) -> None:
+        """Replicate all that another server has in its binary log, and what comes."""
+        await self._execute(
+            f"CHANGE MASTER TO master_host = '{HOST}', master_port = {primary.port},"
+            f" master_user = '{primary.user}', master_password = '{primary._password}',"
+            " master_use_gtid = slave_pos, master_connect_retry = 1",
+            "START SLAVE",
+        )
+
+    async def execute(self, *statements: str) -> None:
+        """Run statements as the user who may do anything."""
+        await self._execute(*statements)
 
     async def _prepare(self) -> None:
         await run_program(
@@ -99,4 +126,5 @@ class MariaDBServer(LocalServer):
             "--default-time-zone=+05:30",
             # 2 is safe when the server is killed, 1 also when the machine is.
             f"--innodb-flush-log-at-trx-commit={1 if self.durable else 2}",
+            *self._options,
         ]
