@@ -16,15 +16,15 @@ here the operations become one statement, so that the database parses, executes 
 from __future__ import annotations
 
 import asyncio
+from abc import ABC, abstractmethod
 from collections import deque
 from contextvars import Context
-from dataclasses import dataclass, field
 from enum import Enum
 from functools import partial
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Hashable, Sequence
+    from collections.abc import Hashable, Sequence
 
 MOST_TOGETHER = 128
 """Operations of one statement."""
@@ -67,25 +67,48 @@ J = TypeVar("J", bound=Load)
 R = TypeVar("R")
 
 
-@dataclass(slots=True, eq=False)
-class Ticket(Generic[J, R]):
+class Ticket(ABC, Generic[J, R]):
     """An operation that waits to be sent together with others.
 
-    ``send`` is one of those who may send it, with others, and gives each its outcome. It calls
-    ``board`` the moment before. A ticket whose outcome has been cancelled is not sent any more.
+    Whoever waits for the outcome and gives up says so (``leave``). A ticket whose outcome has been
+    cancelled is not sent any more.
     """
 
-    load: J
-    board: Callable[[], None]
-    send: Callable[[Sequence[Ticket[J, R]]], Coroutine[Any, Any, None]]
-    outcome: asyncio.Future[R | Alone] = field(
-        default_factory=lambda: asyncio.get_running_loop().create_future()
-    )
+    __slots__ = ("_flight", "_together", "load", "outcome")
+
+    def __init__(self, load: J) -> None:
+        self.load = load
+        self.outcome: asyncio.Future[R | Alone] = asyncio.get_running_loop().create_future()
+        self._flight: asyncio.Task[None] | None = None
+        self._together: Sequence[Ticket[J, R]] = ()
+
+    @abstractmethod
+    async def send(self, lane: Lane[J, R], together: Sequence[Ticket[J, R]]) -> None:
+        """Send these together and give each its outcome, as any one of them can."""
+
+    @abstractmethod
+    def board(self) -> None:
+        """It is sent now: to be called the moment before."""
 
     @property
     def waits(self) -> bool:
         """Whether anybody still wants the outcome, and has none."""
         return not self.outcome.done()
+
+    def depart(self, flight: asyncio.Task[None], together: Sequence[Ticket[J, R]]) -> None:
+        """It is on its way now, with these."""
+        self._flight, self._together = flight, together
+
+    def land(self, error: Exception) -> None:
+        """Its flight is over. If there is no outcome, there was this error."""
+        self._flight, self._together = None, ()  # else they would refer to each other
+        self.fail(error)
+
+    def leave(self) -> None:
+        """Nobody waits for the outcome any more. A flight without passengers is cancelled: it would
+        keep its connection from others."""
+        if self._flight is not None and not any(one.waits for one in self._together):
+            self._flight.cancel()
 
     def give(self, outcome: R | Alone) -> None:
         """Tell the outcome, if anybody still wants it."""
@@ -118,7 +141,8 @@ class Lane(Generic[J, R]):
 
     def __init__(self, *, seats: int, answer_bytes: int = 0) -> None:
         self.answer_bytes = answer_bytes
-        self._clock = asyncio.get_running_loop().time
+        self._loop = asyncio.get_running_loop()
+        self._clock = self._loop.time
         self._seats = seats
         self._taken: dict[Seat, None] = {}  # in the order of their times
         self._turns: set[Hashable] = set()  # of what is under way
@@ -164,19 +188,21 @@ class Lane(Generic[J, R]):
         while self._may_depart() and (together := self._gather()):
             seat = self._seat([ticket.load for ticket in together])
             # In a context of its own: it is nothing of the request's that happens to start it.
-            flight = asyncio.create_task(together[0].send(together), context=Context())
+            flight = self._loop.create_task(together[0].send(self, together), context=Context())
             self._flights.add(flight)  # a task that nobody refers to may be collected
             flight.add_done_callback(partial(self._land, seat, together))
             for ticket in together:
-                ticket.outcome.add_done_callback(partial(_leave, flight, together))
+                ticket.depart(flight, together)
 
     def _land(
         self, seat: Seat, together: Sequence[Ticket[J, R]], flight: asyncio.Task[None]
     ) -> None:
         self._flights.discard(flight)
         error = ConnectionAbortedError("cancelled") if flight.cancelled() else flight.exception()
+        if not isinstance(error, Exception):
+            error = RuntimeError("no outcome")
         for ticket in together:
-            ticket.fail(error if isinstance(error, Exception) else RuntimeError("no outcome"))
+            ticket.land(error)
         self.give_back(seat)
 
     def _gather(self) -> list[Ticket[J, R]]:
@@ -207,8 +233,7 @@ class Lane(Generic[J, R]):
         """Look after those who wait when the oldest seat becomes overdue."""
         oldest = next(iter(self._taken), None)
         since = self._clock() if oldest is None else oldest.since
-        loop = asyncio.get_running_loop()
-        self._watch = loop.call_at(since + OVERDUE_SECONDS, self._look)
+        self._watch = self._loop.call_at(since + OVERDUE_SECONDS, self._look)
 
     def _look(self) -> None:
         self._watch = None
@@ -218,13 +243,3 @@ class Lane(Generic[J, R]):
         self._depart()
         if self._waiting:
             self._watch_seats()
-
-
-def _leave(
-    flight: asyncio.Task[None],
-    together: Sequence[Ticket[Any, Any]],
-    outcome: asyncio.Future[Any],
-) -> None:
-    """Nobody waits for a flight without passengers: it would keep its connection from others."""
-    if outcome.cancelled() and all(ticket.outcome.cancelled() for ticket in together):
-        flight.cancel()

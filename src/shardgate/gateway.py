@@ -28,7 +28,7 @@ from shardgate.sql.schema import TableNames, build_tables
 T = TypeVar("T")
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Mapping
+    from collections.abc import Awaitable, Callable, Coroutine, Mapping
 
     from agents.memory import SessionSettings
     from sqlalchemy import URL
@@ -270,15 +270,15 @@ class Gateway:
         owned = sum(row.owner == record.uuid for row in record.rows)
         return known(slots=owned, map_version=record.identity.map_version)
 
-    async def _perform(
+    def _perform(
         self,
         keyspace: str,
         tenant_id: str,
         session_id: str,
         act: Callable[[Store, Place], Awaitable[T]],
-    ) -> T:
+    ) -> Coroutine[Any, Any, T]:
         self._check_use()
-        return await self._keyspaces[keyspace].perform(tenant_id, session_id, act)
+        return self._keyspaces[keyspace].perform(tenant_id, session_id, act)
 
     async def _list(
         self, keyspace: str, tenant_id: str, limit: int, after: Any, *, partial_: bool

@@ -47,7 +47,7 @@ from shardgate.sql.transactions import RefusedError
 from shardgate.store import Place, Store
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Mapping
+    from collections.abc import Awaitable, Callable, Mapping, Sequence
 
     from shardgate.agreement import Plan
     from shardgate.handover import SlotRow
@@ -173,9 +173,9 @@ class Keyspace:
     ) -> T:
         clock = asyncio.get_running_loop().time
         give_up = clock() + self._deadline
-        refusals: list[tuple[str, int]] = []
+        refusals: tuple[tuple[str, int], ...] = ()
         while True:
-            known = await self.known()
+            known = self.map or await self._read()
             where = route(known, tenant_id, session_id)
             if where.shard not in self.shards:
                 raise self._not_named(known, where.shard)
@@ -185,7 +185,7 @@ class Keyspace:
             try:
                 return await act(self._stores[where.shard], place)
             except RefusedError:
-                refusals.append((where.shard, where.epoch))
+                refusals += ((where.shard, where.epoch),)
                 if clock() > give_up:
                     raise self._not_found(where, refusals) from None
             except ShardQuarantined:
@@ -356,7 +356,7 @@ class Keyspace:
     def _not_named(self, known: KeyspaceMap, shard: str) -> OwnershipConflict:
         return conflict(self.plan, not_named(shard, len(known.slots_of(shard))))
 
-    def _not_found(self, where: Route, refusals: list[tuple[str, int]]) -> ShardgateError:
+    def _not_found(self, where: Route, refusals: Sequence[tuple[str, int]]) -> ShardgateError:
         """Nobody has the slot, if the same shard kept refusing; else there was no time to follow
         it."""
         if len(refusals) == 1 or len(set(refusals)) > 1:

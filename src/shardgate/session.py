@@ -94,7 +94,7 @@ class StoredSession(SessionBase):
         self._session_settings = _checked_settings(value)
 
     @abstractmethod
-    async def _perform(self, act: Callable[[Store, Place], Awaitable[T]]) -> T:
+    def _perform(self, act: Callable[[Store, Place], Awaitable[T]]) -> Awaitable[T]:
         """Run ``act`` where the session lives, wherever that is by then."""
 
     @property
@@ -293,8 +293,8 @@ class GatewaySession(StoredSession):
     def __repr__(self) -> str:
         return f"GatewaySession({self.session_id!r})"
 
-    async def _perform(self, act: Callable[[Store, Place], Awaitable[T]]) -> T:
-        done: T = await self._on_shard(*self._ids, act)
+    def _perform(self, act: Callable[[Store, Place], Awaitable[T]]) -> Awaitable[T]:
+        done: Awaitable[T] = self._on_shard(*self._ids, act)
         return done
 
 

@@ -67,13 +67,14 @@ class Underway(Generic[T]):
         "_ends",
         "_give_up",
         "_grace",
+        "_grace_timer",
         "_holds",
         "_late",
         "_left",
         "_loop",
         "_message",
         "_operation",
-        "_timers",
+        "_timer",
         "_waits_for",
     )
 
@@ -90,7 +91,8 @@ class Underway(Generic[T]):
         self._grace = grace
         self._give_up = give_up
         self._loop = asyncio.get_running_loop()
-        self._timers: list[asyncio.TimerHandle] = []
+        self._timer: asyncio.TimerHandle | None = None
+        self._grace_timer: asyncio.TimerHandle | None = None
         self._waits_for: Any = None
         self._asyncio_future_blocking = False
         self._message: object = None
@@ -100,7 +102,7 @@ class Underway(Generic[T]):
         task = asyncio.current_task()
         cancelling = 0 if task is None else task.cancelling()
         if self._give_up is not None:
-            self._timers.append(self._loop.call_at(self._give_up, self._expire))
+            self._timer = self._loop.call_at(self._give_up, self._expire)
         try:
             answer = yield from self._steps()
         except asyncio.CancelledError as error:
@@ -113,8 +115,10 @@ class Underway(Generic[T]):
                 raise self._cancelled() from None
             raise
         finally:
-            for timer in self._timers:
-                timer.cancel()
+            if self._timer is not None:
+                self._timer.cancel()
+            if self._grace_timer is not None:
+                self._grace_timer.cancel()
             self._operation.close()
         if self._left:
             raise self._cancelled()
@@ -168,7 +172,7 @@ class Underway(Generic[T]):
         """Whether the operation goes on although its caller is cancelled."""
         if not self._left and self._holds():
             self._left = True
-            self._timers.append(self._loop.call_later(self._grace, self._end))
+            self._grace_timer = self._loop.call_later(self._grace, self._end)
         return self._left
 
     def _expire(self) -> None:

@@ -106,9 +106,9 @@ class Attempt:
         self.server: Server | None = None
         self.alone = False
 
-    def board(self) -> None:
-        """It is sent now."""
-        self.sent = True
+    def has_to_end(self) -> bool:
+        """Whether to cancel it now would leave its outcome unknown."""
+        return self.writes and self.sent
 
 
 class UnverifiedError(ShardgateError):
@@ -169,6 +169,24 @@ class TailReads:
     def answer_bytes(answers: Sequence[list[str] | None]) -> int:
         """How much one answer has, on average."""
         return sum(sum(map(len, rows or ())) for rows in answers) // len(answers)
+
+
+class _Ticket(Ticket[Any, Any]):
+    """An operation of a database that is sent with others."""
+
+    __slots__ = ("_attempt", "_database", "_kind")
+
+    def __init__(self, load: Any, attempt: Attempt, kind: Any, database: Database) -> None:
+        super().__init__(load)
+        self._attempt = attempt
+        self._kind = kind
+        self._database = database
+
+    async def send(self, lane: Lane[Any, Any], together: Sequence[Ticket[Any, Any]]) -> None:
+        await self._database._fly(self._kind, lane, together)
+
+    def board(self) -> None:
+        self._attempt.sent = True
 
 
 class Line:
@@ -249,26 +267,26 @@ class Database:
         self.state = state_of(engine)
         self.dialect = self.state.dialect(engine, tables)
 
-    async def read(self, action: Callable[[Any], Awaitable[T]]) -> T:
+    def read(self, action: Callable[[Any], Awaitable[T]]) -> Coroutine[Any, Any, T]:
         """Run ``action`` on a driver's connection; it must not change anything."""
-        return await self._at_once(partial(self._once, action), Attempt(writes=False))
+        return self._at_once(partial(self._once, action), Attempt(writes=False))
 
-    async def write(self, action: Callable[[Any], Awaitable[T]]) -> T:
+    def write(self, action: Callable[[Any], Awaitable[T]]) -> Coroutine[Any, Any, T]:
         """Run ``action`` on a driver's connection; it takes effect whole or not at all."""
-        return await self._at_once(partial(self._alone, action), Attempt())
+        return self._at_once(partial(self._alone, action), Attempt())
 
-    async def append(self, append: Append) -> Outcome:
+    def append(self, append: Append) -> Coroutine[Any, Any, Outcome]:
         """As :meth:`write`; sent together with others, where it would have to wait."""
-        return await self._at_once(partial(self._gathered, Appends, append), Attempt())
+        return self._at_once(partial(self._gathered, Appends, append), Attempt())
 
-    async def tail(self, read: TailRead) -> list[str] | None:
+    def tail(self, read: TailRead) -> Coroutine[Any, Any, list[str] | None]:
         """As :meth:`read`, the newest rows, newest first; together with others likewise.
 
         None where the guard fails.
         """
         short = read.limit is not None and read.limit <= LONGEST_TAIL
         once = partial(self._gathered if short else self._single, TailReads, read)
-        return await self._at_once(once, Attempt(writes=False))
+        return self._at_once(once, Attempt(writes=False))
 
     async def _gathered(self, kind: Any, load: J, attempt: Attempt) -> Any:
         """Send one operation: at once if a seat is free, else with those who wait for one too.
@@ -286,9 +304,13 @@ class Database:
                 return await self._single(kind, load, attempt)
             finally:
                 lane.give_back(seat)
-        ticket: Ticket[J, Any] = Ticket(load, attempt.board, partial(self._fly, kind, lane))
+        ticket = _Ticket(load, attempt, kind, self)
         lane.wait(ticket)
-        outcome = await ticket.outcome
+        try:
+            outcome = await ticket.outcome
+        except asyncio.CancelledError:
+            ticket.leave()
+            raise
         if outcome is not ALONE:
             return outcome
         attempt.alone, attempt.sent = True, False
@@ -402,7 +424,7 @@ class Database:
         try:
             answer = await Underway(
                 once(attempt),
-                holds=lambda: attempt.writes and attempt.sent,
+                holds=attempt.has_to_end,
                 grace=CANCELLED_SECONDS,
                 give_up=give_up,
             )

@@ -84,18 +84,14 @@ class Store:
         """
         window = limit
         while True:
-            rows = await self._tail(place, window)
+            rows = await self.database.tail(TailRead(place.key, place.guard, window))
+            if rows is None:
+                raise RefusedError
             items = await self._decoded(place.key, rows, codec)
             whole = window is None or len(rows) < window
             if whole or limit is None or len(items) >= limit:
                 return items if limit is None else items[-limit:]
             window = 2 * len(rows)
-
-    async def _tail(self, place: Place, limit: int | None) -> list[str]:
-        rows = await self.database.tail(TailRead(place.key, place.guard, limit))
-        if rows is None:
-            raise RefusedError
-        return rows
 
     async def _decoded(self, key: Key, newest_first: Sequence[str], codec: Codec) -> list[Any]:
         items, skipped = [], 0
@@ -115,8 +111,10 @@ class Store:
         """
         incarnation = secrets.randbits(_INCARNATION_BITS)
         append = Append(place.key, place.guard, operation, items, incarnation)
-        outcome = await self._counted(self.database.append(append))
-        await self._accept(place, operation, outcome)
+        outcome = await self.database.append(append)
+        self._count_write()
+        if outcome is not Outcome.DONE:
+            await self._accept(place, operation, outcome)
 
     async def pop(self, place: Place, operation: Operation, codec: Codec) -> Any | None:
         """Remove the newest item that can be decoded and return it; None where there is none.
@@ -247,10 +245,13 @@ class Store:
             return await self._counted(self.database.transact(once))
 
     async def _counted(self, write: Awaitable[T]) -> T:
-        """Have old operations removed, now and then, once a write has been answered."""
         answer = await write
-        purge_of(self.database).count_write(self.database, self.operation_memory)
+        self._count_write()
         return answer
+
+    def _count_write(self) -> None:
+        """A write has been answered: have old operations removed, now and then."""
+        purge_of(self.database).count_write(self.database, self.operation_memory)
 
     async def _query(self, act: Callable[..., Awaitable[T]], *values: Any, **more: Any) -> T:
         tables = self.database.tables

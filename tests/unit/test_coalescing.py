@@ -14,7 +14,7 @@ from shardgate import coalescing
 from shardgate.coalescing import ALONE, MOST_BYTES, MOST_TOGETHER, Lane, Ticket
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Awaitable, Callable, Sequence
 
     from shardgate.coalescing import Seat
 
@@ -24,6 +24,21 @@ class Load:
     identity: str
     weight: int = 1
     turn: str | None = None
+
+
+class Sent(Ticket[Load, str]):
+    """A ticket that is sent by a function."""
+
+    def __init__(self, load: Load, send: Callable[..., Awaitable[None]]) -> None:
+        super().__init__(load)
+        self._send = send
+        self.is_aboard = False
+
+    async def send(self, lane: Lane[Load, str], together: Sequence[Ticket[Load, str]]) -> None:
+        await self._send(together)
+
+    def board(self) -> None:
+        self.is_aboard = True
 
 
 @dataclass
@@ -36,6 +51,7 @@ class Sender:
     cancelled: int = 0
 
     async def send(self, tickets: Sequence[Ticket[Load, str]]) -> None:
+        """What any of the tickets does."""
         self.sent.append([ticket.load.identity for ticket in tickets])
         for ticket in tickets:
             ticket.board()
@@ -50,7 +66,7 @@ class Sender:
             ticket.give(ticket.load.identity)
 
     def ticket(self, identity: str, weight: int = 1, turn: str | None = None) -> Ticket[Load, str]:
-        return Ticket(Load(identity, weight, turn), lambda: None, self.send)
+        return Sent(Load(identity, weight, turn), self.send)
 
 
 @pytest.fixture
@@ -67,6 +83,12 @@ async def turn() -> None:
     """Let everything that can go on do so."""
     for _ in range(5):
         await asyncio.sleep(0)
+
+
+def give_up(ticket: Ticket[Load, str]) -> None:
+    """Do what a caller does who is cancelled."""
+    ticket.outcome.cancel()
+    ticket.leave()
 
 
 def all_free(lane: Lane[Load, str]) -> bool:
@@ -141,7 +163,7 @@ async def test_who_gives_up_while_waiting_is_not_sent(
     seat = lane.take_seat(Load("somebody"))
     assert seat is not None
     first, second = queue(lane, sender, "a", "b")
-    first.outcome.cancel()
+    give_up(first)
     lane.give_back(seat)
     assert await second.outcome == "b"
     await turn()
@@ -155,7 +177,7 @@ async def test_where_all_have_given_up_the_seat_is_free(
     seat = lane.take_seat(Load("somebody"))
     assert seat is not None
     for ticket in queue(lane, sender, "a", "b"):
-        ticket.outcome.cancel()
+        give_up(ticket)
     lane.give_back(seat)
     assert sender.sent == []
     assert all_free(lane)
@@ -169,7 +191,7 @@ async def test_a_flight_goes_on_for_those_who_still_wait(
     first, second = queue(lane, sender, "a", "b")
     lane.give_back(seat)
     await turn()
-    first.outcome.cancel()
+    give_up(first)
     await turn()
     sender.arrive.set()
     assert await second.outcome == "b"
@@ -184,7 +206,7 @@ async def test_a_flight_that_all_have_left_is_ended(lane: Lane[Load, str], sende
     await turn()
     (next_,) = queue(lane, sender, "c")
     for ticket in passengers:
-        ticket.outcome.cancel()
+        give_up(ticket)
     await turn()
     assert sender.cancelled == 1
     sender.arrive.set()
@@ -365,7 +387,7 @@ async def _in_order(seats: int, arrivals: list[tuple[str, int]]) -> None:
     async def append(load: Load) -> None:
         seat = lane.take_seat(load)
         if seat is None:
-            ticket: Ticket[Load, str] = Ticket(load, lambda: None, send)
+            ticket = Sent(load, send)
             lane.wait(ticket)
             await ticket.outcome
             return
