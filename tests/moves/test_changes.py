@@ -9,7 +9,7 @@ import pytest
 from gateway.conftest import Gateways
 from gateway.shards import item, named, session_on, settings_at
 from moves.moving import mover_of
-from shardgate.control import copying
+from shardgate.control import copying, moves
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -62,4 +62,38 @@ async def test_a_session_that_had_only_grown(
     assert passes >= 2
     found = await session.get_items()
     assert found == (wanted or [item("0"), item("1")])
+    assert gateway.route("acme", session_id).shard == "b"
+
+
+async def test_a_session_that_is_made_anew_after_its_row_was_read(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a pass that reads what it has written: that the items are not the row's is no failure."""
+    tenant, session_id = gateway.tenant("acme"), session_on(gateway, "a")
+    session, slot = tenant.session(session_id), gateway.route("acme", session_on(gateway, "a")).slot
+    await session.add_items([item(str(n)) for n in range(5)])
+    read_items, read_versions, passes = copying.read_items, copying.read_versions, 0
+
+    async def changed(*values: Any, **more: Any) -> Any:
+        nonlocal passes
+        if "limit" in more and values[0].engine is gateway.shards["a"].engine:
+            passes += 1
+            if passes == 2:
+                await session.add_items([item("more")])
+            elif passes == 3:
+                await session.clear_session()
+        return await read_versions(*values, **more)
+
+    async def made_anew(*values: Any, **more: Any) -> Any:
+        if passes == 3 and values[0].engine is gateway.shards["a"].engine:
+            await tenant.delete_session(session_id)
+            await session.add_items([item(f"anew {n}") for n in range(2)])
+        return await read_items(*values, **more)
+
+    monkeypatch.setattr(moves, "_FEW", 0)
+    monkeypatch.setattr(copying, "read_versions", changed)
+    monkeypatch.setattr(copying, "read_items", made_anew)
+    await mover_of(gateway).move(slot, "a", "b")
+    assert passes > 3
+    assert await session.get_items() == [item("anew 0"), item("anew 1")]
     assert gateway.route("acme", session_id).shard == "b"

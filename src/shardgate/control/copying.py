@@ -309,7 +309,12 @@ class Copying:
     async def _whole(self, keys: list[SessionKey]) -> AsyncIterator[list[Content]]:
         rows = await self._ask(read_sessions, keys=keys)
         items = await self._ask(read_items, keys=rows)
-        yield [Content(row, items[key], since=row["floor_seq"]) for key, row in rows.items()]
+        contents = []
+        for key, row in rows.items():
+            # A session that was made anew meanwhile has items that this row knows nothing of.
+            own = [item for item in items[key] if item["seq"] >= row["floor_seq"]]
+            contents.append(Content(row, own, since=row["floor_seq"]))
+        yield contents
 
     async def _tail(self, key: SessionKey, ours: Version | None) -> AsyncIterator[list[Content]]:
         """What the target lacks of a session if it has only grown, else all of it, in portions of
