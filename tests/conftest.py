@@ -57,8 +57,9 @@ class MakeDatabases(Protocol):
     async def __call__(self, count: int, *, servers: int = 1) -> list[Database]: ...
 
 
-ONE_VERSION = ("agents", "gateway", "isolation", "moves")
-"""Folders whose tests are about what is above the statements: one version of a database will do."""
+ONE_VERSION = ("agents", "contract", "gateway", "isolation", "moves")
+"""Folders whose tests are about what is above the statements: one version of a database will do.
+What the statements do is tested in each version by the others."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
