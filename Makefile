@@ -21,7 +21,7 @@ demo: $(VENV)/.stamp  ## tenants, shards and a real Runner, without a network
 	$(RUN) -m shardgate.testing.demo
 
 test: $(VENV)/.stamp  ## everything that this machine can run; the header names the databases
-	$(RUN) -m pytest --numprocesses=$(WORKERS) --dist=worksteal
+	$(RUN) -m pytest --numprocesses=$(WORKERS) --dist=loadfile --no-loadscope-reorder
 
 check: $(VENV)/.stamp  ## lint, format, types, layers, the public API
 	$(VENV)/bin/ruff check .
