@@ -5,11 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from sqlalchemy import delete
 
 from gateway.conftest import Gateways
 from gateway.shards import item, named, session_on, settings_at
 from moves.moving import mover_of
 from shardgate.control import copying, moves
+from shardgate.errors import MoveLost
+from shardgate.recovery import Ends, end_move
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -97,3 +100,38 @@ async def test_a_session_that_is_made_anew_after_its_row_was_read(
     assert passes > 3
     assert await session.get_items() == [item("anew 0"), item("anew 1")]
     assert gateway.route("acme", session_id).shard == "b"
+
+
+async def test_somebody_takes_over_before_what_was_written_is_read_back(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then nothing was wrong with it."""
+    session_id = session_on(gateway, "a")
+    session = gateway.tenant("acme").session(session_id)
+    slot = gateway.route("acme", session_id).slot
+    await session.add_items([item(str(n)) for n in range(5)])
+    read_versions, read_digests_from, passes = copying.read_versions, copying.read_digests_from, 0
+    a, b = gateway.shards["a"], gateway.shards["b"]
+
+    async def changed(*values: Any, **more: Any) -> Any:
+        nonlocal passes
+        if values[0].engine is a.engine:
+            passes += 1
+            if passes in (2, 3):
+                await session.add_items([item("more")])
+        return await read_versions(*values, **more)
+
+    async def taken_over(*values: Any, **more: Any) -> Any:
+        if passes == 3 and values[0].engine is b.engine:
+            await end_move(Ends(a, b, slot))
+            await b.transact(lambda connection: connection.execute(delete(b.tables.messages)))
+        return await read_digests_from(*values, **more)
+
+    monkeypatch.setattr(moves, "_FEW", 0)
+    monkeypatch.setattr(copying, "read_versions", changed)
+    monkeypatch.setattr(copying, "read_digests_from", taken_over)
+    with pytest.raises(MoveLost):
+        await mover_of(gateway).move(slot, "a", "b")
+    assert passes == 3
+    assert len(await session.get_items()) == 7
+    assert gateway.route("acme", session_id).shard == "a"
