@@ -175,7 +175,7 @@ class Keyspace:
         give_up = clock() + self._deadline
         refusals: tuple[tuple[str, int], ...] = ()
         while True:
-            known = self.map or await self._read()
+            known = await self.known()
             where = route(known, tenant_id, session_id)
             if where.shard not in self.shards:
                 raise self._not_named(known, where.shard)

@@ -250,8 +250,9 @@ class Mover:
 
     async def _refuse_busy(self, ends: Ends, peer: str | None) -> None:
         """Refuse where a shard that has a part in the move was touched a moment ago."""
-        others = [shard for shard in self.shards.values() if shard.uuid == peer]
-        ages = [await row_age(shard, ends.slot) for shard in (ends.source, ends.target, *others)]
+        parties = (ends.source.uuid, ends.target.uuid, peer)
+        asked = [shard for shard in self.shards.values() if shard.uuid in parties]
+        ages = [await row_age(shard, ends.slot) for shard in asked]
         age = min((age for age in ages if age is not None), default=STUCK_SECONDS)
         if age < STUCK_SECONDS:
             raise MoveBusy(

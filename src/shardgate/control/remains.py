@@ -126,7 +126,7 @@ async def remove_remains(
         peer = shards[rest.peer] if rest.peer else await who_serves(shards, rest.row.slot)
         if peer is None:
             return "the settings do not name the other shard, and nobody else serves the slot"
-        owner = rest.row.owner if rest.peer else peer.uuid or ""
+        owner = rest.row.owner
         reason = await _why_kept(shards, shard, peer, rest, grace_seconds)
         if reason is None and not accept_async_standbys:
             await wait_for_standbys(peer, seconds=_STANDBY_SECONDS)

@@ -135,7 +135,7 @@ def _sqlite_digest(element: text_digest, compiler: Any, **options: Any) -> str:
 
 
 class text_number(FunctionElement[int]):  # noqa: N801 - an SQL function, named as those are
-    """The first digits of a text's SHA-256, as a number; not on SQLite."""
+    """The first digits of ``text_digest``, as a number; not on SQLite."""
 
     type = BigInteger()
     inherit_cache = True
@@ -143,15 +143,14 @@ class text_number(FunctionElement[int]):  # noqa: N801 - an SQL function, named 
 
 @compiles(text_number, "postgresql")
 def _postgresql_number(element: text_number, compiler: Any, **options: Any) -> str:
-    value = compiler.process(element.clauses, **options)
-    bytes_ = f"substr(sha256(convert_to({value}, 'UTF8')), 1, {_NUMBER_DIGITS // 2})"
-    return f"('x' || encode({bytes_}, 'hex'))::bit({4 * _NUMBER_DIGITS})::bigint"
+    digest = compiler.process(text_digest(*element.clauses), **options)
+    return f"('x' || left({digest}, {_NUMBER_DIGITS}))::bit({4 * _NUMBER_DIGITS})::bigint"
 
 
 @compiles(text_number, "mysql")
 @compiles(text_number, "mariadb")
 def _mysql_number(element: text_number, compiler: Any, **options: Any) -> str:
-    digest = f"SHA2({compiler.process(element.clauses, **options)}, 256)"
+    digest = compiler.process(text_digest(*element.clauses), **options)
     return f"CAST(CONV(LEFT({digest}, {_NUMBER_DIGITS}), 16, 10) AS UNSIGNED)"
 
 
@@ -674,29 +673,26 @@ async def _insert(
     head, values = str(compiled).split(" VALUES ", 1)
     columns = [(name, compiled._bind_processors.get(name)) for name in compiled.positiontup]
     for part in _packets(rows):
-        await _check_packet(connection, part)
         bound = [
             row[name] if process is None else process(row[name])
             for row in part
             for name, process in columns
         ]
+        size = sum(len(value) for value in bound if isinstance(value, str))
+        if size > 2 * _PACKET:
+            await _check_packet(connection, part[0], size)
         together = f"{head} VALUES {', '.join([values] * len(part))}"
         await connection.exec_driver_sql(together, tuple(bound))
 
 
-async def _check_packet(connection: AsyncConnection, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse what the server would hang up on; text travels as hexadecimal digits."""
-    size = sum(
-        2 * len(value.encode()) for row in rows for value in row.values() if type(value) is str
-    )
-    if size <= 2 * _PACKET:
-        return
+async def _check_packet(connection: AsyncConnection, row: Mapping[str, Any], size: int) -> None:
+    """Refuse what the server would hang up on: text travels as hexadecimal digits."""
     most = (await connection.execute(text("SELECT @@max_allowed_packet"))).scalar_one()
     if size + _REST_OF_A_PACKET > most:
-        ids = sorted({(row["tenant_id"], row["session_id"]) for row in rows})
         raise OperatorError(
-            f"what one item of session {ids[0][1]!r} of tenant {ids[0][0]!r} needs to be moved is "
-            f"a packet of about {size} bytes, and max_allowed_packet is {most} there: raise it"
+            f"what one item of session {row['session_id']!r} of tenant {row['tenant_id']!r} needs "
+            f"to be moved is a packet of about {size} bytes, and max_allowed_packet is {most} "
+            "there: raise it"
         )
 
 
