@@ -32,7 +32,7 @@ MOST_BYTES = 1 << 20
 """Bytes of one statement, or of its answer as far as it is foreseen, unless a single operation has
 more."""
 WORTH_A_SEAT = 16
-"""So many have to wait for a second seat to be taken while the first one is."""
+"""So many have to wait, for each seat that is taken, for a further one to be."""
 OVERDUE_SECONDS = 0.05
 """How long the holder of a seat keeps it from those who wait."""
 
@@ -76,9 +76,9 @@ class Ticket(ABC, Generic[J, R]):
 
     __slots__ = ("_flight", "_together", "load", "outcome")
 
-    def __init__(self, load: J) -> None:
+    def __init__(self, load: J, loop: asyncio.AbstractEventLoop) -> None:
         self.load = load
-        self.outcome: asyncio.Future[R | Alone] = asyncio.get_running_loop().create_future()
+        self.outcome: asyncio.Future[R | Alone] = loop.create_future()
         self._flight: asyncio.Task[None] | None = None
         self._together: Sequence[Ticket[J, R]] = ()
 
@@ -158,8 +158,8 @@ class Lane(Generic[J, R]):
 
     def _may_depart(self) -> bool:
         """Whether a seat is free, and enough wait to be worth another statement."""
-        enough = not self._taken or len(self._waiting) >= WORTH_A_SEAT
-        return enough and len(self._taken) < self._seats
+        enough = WORTH_A_SEAT * len(self._taken)
+        return len(self._waiting) >= enough and len(self._taken) < self._seats
 
     def _seat(self, loads: Sequence[J]) -> Seat:
         seat = Seat(self._clock())

@@ -35,6 +35,25 @@ DIALECTS: dict[str, type[Dialect]] = {
 _BUSY_MILLISECONDS = 5000
 
 
+class LoopState:
+    """What an event loop has of an engine: its locks, its lanes, by name."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self._own: dict[Hashable, Any] = {}
+
+    def own(self, name: Hashable, make: Callable[[], T]) -> T:
+        """What there is of this name; made when first asked."""
+        if name not in self._own:
+            self._own[name] = make()
+        mine: T = self._own[name]
+        return mine
+
+    def lock(self, purpose: str) -> asyncio.Lock:
+        """A lock of this engine, of this event loop's own."""
+        return self.own(f"lock: {purpose}", asyncio.Lock)
+
+
 class EngineState:
     """What is remembered of an engine as long as it lives."""
 
@@ -44,28 +63,19 @@ class EngineState:
         self.single_connection = threading.Lock()
         self.answered = float("-inf")  # when the database last answered, by the event loop's clock
         self._dialects: dict[tuple[str | None, TableNames], Dialect] = {}
-        self._of_loops: weakref.WeakKeyDictionary[
-            asyncio.AbstractEventLoop, dict[Hashable, Any]
-        ] = weakref.WeakKeyDictionary()
+        self._of_loops: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, LoopState] = (
+            weakref.WeakKeyDictionary()
+        )
 
-    def lock(self, purpose: str) -> asyncio.Lock:
-        """A lock of this engine, of the running event loop's own."""
-        return self.own(f"lock: {purpose}", asyncio.Lock)
-
-    def own(self, name: Hashable, make: Callable[[], T]) -> T:
-        """What the running event loop has of this name on this engine; made when first asked."""
-        own = self._of_loops.get(asyncio.get_running_loop())
-        if own is None:
-            own = self._new_loop()
-        if name not in own:
-            own[name] = make()
-        mine: T = own[name]
-        return mine
-
-    def _new_loop(self) -> dict[Hashable, Any]:
-        for loop in [loop for loop in self._of_loops if loop.is_closed()]:
-            del self._of_loops[loop]  # a lock that was waited for holds its loop
-        return self._of_loops.setdefault(asyncio.get_running_loop(), {})
+    def of_loop(self) -> LoopState:
+        """What the running event loop has."""
+        loop = asyncio.get_running_loop()
+        state = self._of_loops.get(loop)
+        if state is None:
+            for closed in [one for one in self._of_loops if one.is_closed()]:
+                del self._of_loops[closed]  # what is its own holds it
+            state = self._of_loops.setdefault(loop, LoopState(loop))
+        return state
 
     def dialect(self, engine: AsyncEngine, tables: Tables) -> Dialect:
         """The statements for ``tables`` on this engine, written once."""

@@ -12,6 +12,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from pydantic_core import from_json
+
 from shardgate.errors import UsageError
 
 MAX_DEPTH = 500
@@ -21,7 +23,6 @@ _DIGITS = 4000
 _LEAVES = (str, int, float, type(None))
 _to_ascii = json.JSONEncoder(separators=(",", ":")).encode
 _to_text = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False).encode
-_scan = json.JSONDecoder().scan_once  # type: ignore[attr-defined]  # typeshed leaves it out
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -40,11 +41,19 @@ def encode(item: object, *, ensure_ascii: bool = True) -> str:
 
 
 def decode(text: str) -> Any:
-    """The item of a stored text; raises ValueError, TypeError or RecursionError if it is none."""
+    """The item of a stored text; raises ValueError, TypeError or RecursionError if it is none.
+
+    pydantic's parser takes less than half of the time of the standard library's, and reads the same
+    values; what it refuses, such as lone surrogates and deep nesting, is for the other one.
+    """
     try:
-        item, end = _scan(text, 0)
-        return item if end == len(text) else json.loads(text)
-    except StopIteration:  # a blank, or something else that no value begins with
+        return from_json(text)
+    except ValueError:
+        return _decode_slowly(text)
+
+
+def _decode_slowly(text: str) -> Any:
+    try:
         return json.loads(text)
     except json.JSONDecodeError:
         raise
@@ -94,6 +103,12 @@ def _escaped(match: re.Match[str]) -> str:
 
 def _check(item: object) -> None:
     """Walk without recursion, so that depth is a number here and not a crash."""
+    if type(item) is dict:
+        for key, text in item.items():
+            if type(key) is not str or type(text) is not str:
+                break
+        else:
+            return  # as most are
     stack: list[tuple[object, int]] = [(item, 0)]
     while stack:
         value, depth = stack.pop()

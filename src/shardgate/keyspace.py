@@ -37,7 +37,7 @@ from shardgate.handover import DRAINING, OWNED
 from shardgate.purge import end_purge, purge_all
 from shardgate.records import ADMITTED, admit, owned_slots, standing, testify
 from shardgate.recovery import wait_for_move
-from shardgate.router import route
+from shardgate.router import locate, route
 from shardgate.settling import together
 from shardgate.shards import UNANSWERED, OutdatedError, Quarantine, ask_all
 from shardgate.slotmap import conflict, consult, map_of, not_named, unnamed_owners
@@ -153,20 +153,21 @@ class Keyspace:
             ShardQuarantined: the shard is not the one that it is taken for.
             TenantRefused: the tenant is not admitted there.
         """
-        unanswered: list[str] = []
-        token = UNANSWERED.set(unanswered)
+        before = UNANSWERED.get()
         try:
             return await self._follow_session(tenant_id, session_id, act)
         except ShardgateError as error:
-            if not unanswered or isinstance(error, OutcomeUnknown):
+            unanswered = UNANSWERED.get()
+            if unanswered is None or unanswered is before or isinstance(error, OutcomeUnknown):
                 raise
             raise OutcomeUnknown(
-                f"{error}; a write was sent to shard {unanswered[0]!r} before, and may or may not "
-                "have taken effect",
-                shard=unanswered[0],
+                f"{error}; a write was sent to shard {unanswered.shard!r} before, and may or may "
+                "not have taken effect",
+                shard=unanswered.shard,
             ) from error
         finally:
-            UNANSWERED.reset(token)
+            if UNANSWERED.get() is not before:
+                UNANSWERED.set(before)
 
     async def _follow_session(
         self, tenant_id: str, session_id: str, act: Callable[[Store, Place], Awaitable[T]]
@@ -175,23 +176,25 @@ class Keyspace:
         give_up = clock() + self._deadline
         refusals: tuple[tuple[str, int], ...] = ()
         while True:
-            known = await self.known()
-            where = route(known, tenant_id, session_id)
-            if where.shard not in self.shards:
-                raise self._not_named(known, where.shard)
-            self._reconsider(self.shards[where.shard])
-            guard = Guard(where.slot, known.uuids[where.shard])
-            place = Place(Key(tenant_id, session_id, where.h), guard)
+            known = self.map or await self._read()
+            slot, h = locate(known, tenant_id, session_id)
+            name = known.owners[slot]
+            store = self._stores.get(name)
+            if store is None:
+                raise self._not_named(known, name)
+            self._reconsider(self.shards[name])
+            place = Place(Key(tenant_id, session_id, h), Guard(slot, known.uuids[name]))
             try:
-                return await act(self._stores[where.shard], place)
+                return await act(store, place)
             except RefusedError:
-                refusals += ((where.shard, where.epoch),)
+                where = route(known, tenant_id, session_id)
+                refusals += ((name, where.epoch),)
                 if clock() > give_up:
                     raise self._not_found(where, refusals) from None
             except ShardQuarantined:
                 # The inquiry that has found it out has also told where the session lives by now.
                 now = await self.known()
-                if route(now, tenant_id, session_id).shard == where.shard:
+                if now.owners[slot] == name:
                     raise
                 continue
             await self._learn(known, where, tenant_id, seconds=give_up - clock())

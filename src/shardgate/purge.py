@@ -20,24 +20,25 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from shardgate.errors import ShardgateError
-from shardgate.sql.purge import PURGED_BY_KEY, START, OpKey, purge_chunk
+from shardgate.sql.purge import START, OpKey, purge_chunk
 
 if TYPE_CHECKING:
     from shardgate.shards import Database
+    from shardgate.sql.dialect import Dialect
     from shardgate.sql.purge import Chunk
-    from shardgate.sql.schema import TableNames
     from shardgate.store import Store
 
 logger = logging.getLogger("shardgate")
 
 OPERATION_MEMORY = 86400.0
 """Seconds for which an operation is remembered, where no setting says otherwise."""
-PURGE_EVERY = 512
+PURGE_EVERY = 1024
 """Writes between two steps of a walk."""
-STEP = 2048
-"""Keys that a step goes on, in several transactions."""
-_CHUNK = 1024
-"""Keys of one transaction."""
+STEP = 4096
+"""Keys that a step goes on, in one transaction or several."""
+_CHUNKS = {"postgresql": 4096, "sqlite": 1024}
+"""Keys of one transaction: what costs a process most is to make one. On SQLite nobody else writes
+meanwhile."""
 _CHUNK_BY_KEY = 256
 """The same on MySQL and MariaDB, where one statement names each of them: less than 1 MB."""
 
@@ -49,16 +50,15 @@ class Purge:
 
     def __init__(self) -> None:
         self.task: asyncio.Task[None] | None = None
-        self._writes: Counter[TableNames] = Counter()
-        self._places: dict[TableNames, OpKey] = {}
+        self._writes: Counter[Dialect] = Counter()  # a dialect is of one set of tables
+        self._places: dict[Dialect, OpKey] = {}
 
     def count_write(self, database: Database, memory: float) -> None:
         """Note a write that the database has answered, and take a step if it is time for one."""
-        names = database.tables.names
-        self._writes[names] += 1
-        if self._writes[names] < PURGE_EVERY or self.task is not None:
+        writes = self._writes[database.dialect] = self._writes[database.dialect] + 1
+        if writes < PURGE_EVERY or self.task is not None:
             return
-        self._writes[names] = 0
+        self._writes[database.dialect] = 0
         # In a context of its own: it is nothing of the request's that happens to start it.
         self.task = asyncio.create_task(self._step(database, memory), context=Context())
         self.task.add_done_callback(self._forget)
@@ -74,12 +74,12 @@ class Purge:
 
     async def _step(self, database: Database, memory: float) -> None:
         """Go on; where the database does not let us, the next step tries again at that place."""
-        names = database.tables.names
-        place = self._places.get(names) or OpKey(random.randint(_LEAST, _MOST))  # noqa: S311 - no secret
+        dialect = database.dialect
+        place = self._places.get(dialect) or OpKey(random.randint(_LEAST, _MOST))  # noqa: S311 - no secret
         try:
             for _ in range(STEP // _chunk(database)):
                 chunk = await _purge_chunk(database, place, memory)
-                place = self._places[names] = chunk.last or START
+                place = self._places[dialect] = chunk.last or START
         except Exception as error:  # noqa: BLE001 - nobody waits for this task
             reason = error if isinstance(error, ShardgateError) else type(error).__name__
             logger.warning("old operations were not removed for now: %s", reason)
@@ -87,7 +87,7 @@ class Purge:
 
 def purge_of(database: Database) -> Purge:
     """The running event loop's on this database's engine."""
-    return database.state.own("purge", Purge)
+    return database.here.own("purge", Purge)
 
 
 async def end_purge(database: Database) -> None:
@@ -119,5 +119,4 @@ async def _purge_chunk(database: Database, after: OpKey, memory: float) -> Chunk
 
 def _chunk(database: Database) -> int:
     """Keys of one transaction on this database."""
-    by_key = database.engine.dialect.name in PURGED_BY_KEY
-    return min(_CHUNK, _CHUNK_BY_KEY) if by_key else _CHUNK
+    return _CHUNKS.get(database.engine.dialect.name, _CHUNK_BY_KEY)

@@ -49,6 +49,42 @@ def _end_later(task: asyncio.Task[Any], seconds: float | None) -> None:
     task.add_done_callback(lambda _: timer.cancel())
 
 
+class Deadlines:
+    """Ends what has been under way for too long; all have the same time for it.
+
+    So whoever began first is late first, and one timer does for all: a timer for each would cost
+    more than most of what is timed.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self._loop = asyncio.get_running_loop()
+        self._ends: dict[Underway[Any], float] = {}  # in their order
+        self._timer: asyncio.TimerHandle | None = None
+
+    def add(self, one: Underway[Any], began: float) -> None:
+        """See to one that began then, by the event loop's clock."""
+        end = self._ends[one] = began + self.seconds
+        if self._timer is None:
+            self._timer = self._loop.call_at(end, self._look)
+
+    def remove(self, one: Underway[Any]) -> None:
+        """It has come to its end."""
+        self._ends.pop(one, None)
+
+    def _look(self) -> None:
+        self._timer = None
+        now, late = self._loop.time(), []
+        for one, end in self._ends.items():
+            if end > now:
+                self._timer = self._loop.call_at(end, self._look)
+                break
+            late.append(one)
+        for one in late:
+            self.remove(one)
+            one.expire()
+
+
 class Underway(Generic[T]):
     """As :func:`settle`, of an operation that runs in its caller's own task: to be awaited, once.
 
@@ -57,15 +93,16 @@ class Underway(Generic[T]):
     is asked when the task is cancelled, and it cancels what the operation waits for, or does not.
 
     ``holds`` says whether a cancellation has to wait for the operation's end now, ``grace`` how
-    many seconds at most. At ``give_up``, by the event loop's clock, the operation is cancelled, and
-    TimeoutError raised. While ``holds`` is true, the operation must not wait for anything that
-    cancels the task that it runs in, as ``asyncio.timeout`` does.
+    many seconds at most. Where ``deadlines`` say so, by when it ``began``, the operation is
+    cancelled, and TimeoutError raised. While ``holds`` is true, the operation must not wait for
+    anything that cancels the task that it runs in, as ``asyncio.timeout`` does.
     """
 
     __slots__ = (
         "_asyncio_future_blocking",
+        "_began",
+        "_deadlines",
         "_ends",
-        "_give_up",
         "_grace",
         "_grace_timer",
         "_holds",
@@ -74,7 +111,6 @@ class Underway(Generic[T]):
         "_loop",
         "_message",
         "_operation",
-        "_timer",
         "_waits_for",
     )
 
@@ -84,14 +120,15 @@ class Underway(Generic[T]):
         *,
         holds: Callable[[], bool],
         grace: float,
-        give_up: float | None,
+        deadlines: Deadlines | None = None,
+        began: float = 0,
     ) -> None:
         self._operation = operation
         self._holds = holds
         self._grace = grace
-        self._give_up = give_up
+        self._deadlines = deadlines
+        self._began = began
         self._loop = asyncio.get_running_loop()
-        self._timer: asyncio.TimerHandle | None = None
         self._grace_timer: asyncio.TimerHandle | None = None
         self._waits_for: Any = None
         self._asyncio_future_blocking = False
@@ -101,8 +138,8 @@ class Underway(Generic[T]):
     def __await__(self) -> Generator[Any, None, T]:
         task = asyncio.current_task()
         cancelling = 0 if task is None else task.cancelling()
-        if self._give_up is not None:
-            self._timer = self._loop.call_at(self._give_up, self._expire)
+        if self._deadlines is not None:
+            self._deadlines.add(self, self._began)
         try:
             answer = yield from self._steps()
         except asyncio.CancelledError as error:
@@ -115,8 +152,8 @@ class Underway(Generic[T]):
                 raise self._cancelled() from None
             raise
         finally:
-            if self._timer is not None:
-                self._timer.cancel()
+            if self._deadlines is not None:
+                self._deadlines.remove(self)
             if self._grace_timer is not None:
                 self._grace_timer.cancel()
             self._operation.close()
@@ -175,7 +212,8 @@ class Underway(Generic[T]):
             self._grace_timer = self._loop.call_later(self._grace, self._end)
         return self._left
 
-    def _expire(self) -> None:
+    def expire(self) -> None:
+        """Its time is up."""
         self._late = True
         self._end()
 

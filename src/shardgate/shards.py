@@ -31,7 +31,7 @@ from shardgate.errors import (
     ShardUnavailable,
     TransientError,
 )
-from shardgate.settling import Underway, settle
+from shardgate.settling import Deadlines, Underway, settle
 from shardgate.sql.create import create_tables, transaction, verify_tables
 from shardgate.sql.dialect import Append, TailRead
 
@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from sqlalchemy.pool import PoolProxiedConnection
 
     from shardgate.coalescing import Alone
+    from shardgate.engines import LoopState
     from shardgate.sql.dialect import Admission, Dialect, Outcome, Server
     from shardgate.sql.schema import TableNames, Tables
 
@@ -74,15 +75,24 @@ _POLL = 0.005
 _SINGLE_CONNECTION = (StaticPool, AssertionPool, SingletonThreadPool)
 _ADMISSION = "shardgate.admission"
 
-UNANSWERED: ContextVar[list[str] | None] = ContextVar("UNANSWERED", default=None)
-"""Where a caller of several operations that are one to his own caller notes that one of them, a
-write, was sent without an answer (the shard's name): whatever happens after that, it may have taken
-effect."""
+UNANSWERED: ContextVar[Unanswered | None] = ContextVar("UNANSWERED", default=None)
+"""The last write of this context that was sent without an answer: whatever happens after that, it
+may have taken effect. Who makes several operations that are one to his own caller looks whether it
+has changed meanwhile."""
 
-SEATS = 2
+SEATS = 4
 """Statements of a kind that are under way at the same time, at most."""
 LONGEST_TAIL = 100
 """Rows of a reading that is sent together with others."""
+
+
+class Unanswered:
+    """A write that was sent to this shard without an answer."""
+
+    __slots__ = ("shard",)
+
+    def __init__(self, shard: str) -> None:
+        self.shard = shard
 
 
 class Attempt:
@@ -97,11 +107,11 @@ class Attempt:
 
     __slots__ = ("about_the_shard", "alone", "began", "lost", "sent", "server", "started", "writes")
 
-    def __init__(self, *, writes: bool = True, about_the_shard: bool = False) -> None:
+    def __init__(self, now: float, *, writes: bool = True, about_the_shard: bool = False) -> None:
         self.writes = writes
         self.sent = False
         self.lost = False
-        self.started = self.began = asyncio.get_running_loop().time()
+        self.started = self.began = now
         self.about_the_shard = about_the_shard
         self.server: Server | None = None
         self.alone = False
@@ -177,7 +187,7 @@ class _Ticket(Ticket[Any, Any]):
     __slots__ = ("_attempt", "_database", "_kind")
 
     def __init__(self, load: Any, attempt: Attempt, kind: Any, database: Database) -> None:
-        super().__init__(load)
+        super().__init__(load, database.here.loop)
         self._attempt = attempt
         self._kind = kind
         self._database = database
@@ -266,18 +276,33 @@ class Database:
         self.tables = tables
         self.state = state_of(engine)
         self.dialect = self.state.dialect(engine, tables)
+        self._here: LoopState | None = None
+        self._deadlines: Deadlines | None = None
+
+    @property
+    def here(self) -> LoopState:
+        """What the event loop that uses this has of the engine; it is one loop."""
+        if self._here is None:
+            self._here = self.state.of_loop()
+        return self._here
+
+    def _attempt(self, *, writes: bool = True, about_the_shard: bool = False) -> Attempt:
+        return Attempt(self._now(), writes=writes, about_the_shard=about_the_shard)
+
+    def _now(self) -> float:
+        return self.here.loop.time()
 
     def read(self, action: Callable[[Any], Awaitable[T]]) -> Coroutine[Any, Any, T]:
         """Run ``action`` on a driver's connection; it must not change anything."""
-        return self._at_once(partial(self._once, action), Attempt(writes=False))
+        return self._at_once(partial(self._once, action), self._attempt(writes=False))
 
     def write(self, action: Callable[[Any], Awaitable[T]]) -> Coroutine[Any, Any, T]:
         """Run ``action`` on a driver's connection; it takes effect whole or not at all."""
-        return self._at_once(partial(self._alone, action), Attempt())
+        return self._at_once(partial(self._alone, action), self._attempt())
 
     def append(self, append: Append) -> Coroutine[Any, Any, Outcome]:
         """As :meth:`write`; sent together with others, where it would have to wait."""
-        return self._at_once(partial(self._gathered, Appends, append), Attempt())
+        return self._at_once(partial(self._gathered, Appends, append), self._attempt())
 
     def tail(self, read: TailRead) -> Coroutine[Any, Any, list[str] | None]:
         """As :meth:`read`, the newest rows, newest first; together with others likewise.
@@ -286,7 +311,7 @@ class Database:
         """
         short = read.limit is not None and read.limit <= LONGEST_TAIL
         once = partial(self._gathered if short else self._single, TailReads, read)
-        return self._at_once(once, Attempt(writes=False))
+        return self._at_once(once, self._attempt(writes=False))
 
     async def _gathered(self, kind: Any, load: J, attempt: Attempt) -> Any:
         """Send one operation: at once if a seat is free, else with those who wait for one too.
@@ -317,7 +342,7 @@ class Database:
         return await self._single(kind, load, attempt)
 
     def _lane(self, kind: Any) -> Lane[Any, Any]:
-        return self.state.own((kind, self.dialect), partial(_new_lane, kind))
+        return self.here.own((kind, self.dialect), partial(_new_lane, kind))
 
     async def _single(self, kind: Any, load: J, attempt: Attempt) -> Any:
         act = partial(kind.one, self.dialect, load)
@@ -347,7 +372,7 @@ class Database:
             lane.answer_bytes = kind.answer_bytes(outcomes)
             return outcomes
 
-        attempt = Attempt(writes=kind.writes)
+        attempt = self._attempt(writes=kind.writes)
         try:
             async with asyncio.timeout(self.deadline):
                 outcomes = await self._once(act, attempt)
@@ -366,11 +391,11 @@ class Database:
 
     async def transact(self, action: Callable[[AsyncConnection], Awaitable[T]]) -> T:
         """Run ``action`` in a transaction of several statements that locks before it reads."""
-        return await self._settled(partial(self._transaction, action), Attempt())
+        return await self._settled(partial(self._transaction, action), self._attempt())
 
     async def query(self, action: Callable[[AsyncConnection], Awaitable[T]]) -> T:
         """Run ``action``, which only reads, on a SQLAlchemy connection."""
-        return await self._settled(partial(self._query, action), Attempt(writes=False))
+        return await self._settled(partial(self._query, action), self._attempt(writes=False))
 
     async def _query(
         self, action: Callable[[AsyncConnection], Awaitable[T]], attempt: Attempt
@@ -394,14 +419,14 @@ class Database:
         if names in self.state.verified:
             return
         prepare = partial(self._prepare, names, create=create)
-        await self._settled(prepare, Attempt(about_the_shard=True))
+        await self._settled(prepare, self._attempt(about_the_shard=True))
 
     async def _prepare(
         self, names: tuple[str | None, TableNames], attempt: Attempt, *, create: bool
     ) -> None:
         # One thread at a time: of several event loops that connect an engine for the first time at
         # once, SQLAlchemy wakes only its own loop's.
-        tables = self.state.lock("tables")
+        tables = self.here.lock("tables")
         async with tables, _held(self.state.first_use), self._only_user():
             if names in self.state.verified:
                 return
@@ -420,25 +445,32 @@ class Database:
         """
         if not self._serves(attempt):
             return await self._settled(once, attempt)
-        give_up = None if self.deadline is None else attempt.started + self.deadline
         try:
             answer = await Underway(
                 once(attempt),
                 holds=attempt.has_to_end,
                 grace=CANCELLED_SECONDS,
-                give_up=give_up,
+                deadlines=self._deadlines_now(),
+                began=attempt.started,
             )
         except Exception as error:  # noqa: BLE001 - _run sees to it
             return await self._settled(once, attempt, failed=error)
         self._has_answered()
         return answer
 
+    def _deadlines_now(self) -> Deadlines | None:
+        if self.deadline is None:
+            return None
+        if self._deadlines is None or self._deadlines.seconds != self.deadline:
+            self._deadlines = Deadlines(self.deadline)
+        return self._deadlines
+
     def _serves(self, attempt: Attempt) -> bool:
         """Whether nothing is known that speaks against an attempt."""
         return True
 
     def _has_answered(self) -> None:
-        self.state.answered = asyncio.get_running_loop().time()
+        self.state.answered = self._now()
 
     async def _settled(
         self,
@@ -448,11 +480,15 @@ class Database:
         failed: Exception | None = None,
     ) -> T:
         """Run an operation; from when it is sent, a cancelled caller waits for its outcome."""
-        return await settle(
-            self._run(once, attempt, failed=failed),
-            grace=CANCELLED_SECONDS if attempt.writes else 0,
-            begun=lambda: attempt.sent or attempt.lost,
-        )
+        try:
+            return await settle(
+                self._run(once, attempt, failed=failed),
+                grace=CANCELLED_SECONDS if attempt.writes else 0,
+                begun=lambda: attempt.sent or attempt.lost,
+            )
+        finally:
+            if attempt.lost and attempt.writes:
+                self._note_unanswered()
 
     async def _run(
         self,
@@ -477,7 +513,7 @@ class Database:
                         if failed is not None:
                             before, failed = failed, None
                             raise before
-                        attempt.began = asyncio.get_running_loop().time()
+                        attempt.began = self._now()
                         answer = await once(attempt)
                     except UnverifiedError as unknown:
                         if await self._verified(unknown, patience, attempt):
@@ -494,9 +530,6 @@ class Database:
                 raise
             lost = attempt.lost or (attempt.sent and isinstance(error, TimeoutError))
             self._fail(error, sent=attempt.sent, unknown=lost and attempt.writes)
-        finally:
-            if attempt.lost and attempt.writes:
-                self._note_unanswered()
 
     def _note_unanswered(self) -> None:
         """Note that a write was sent without an answer, whatever has come of the attempts after."""
@@ -566,7 +599,7 @@ class Database:
         """SQLite has one writer: tasks of this loop queue in order instead of polling its lock."""
         if not self.dialect.one_thread:
             return await self._once(action, attempt)
-        async with self.state.lock("write"):
+        async with self.here.lock("write"):
             return await self._once(action, attempt)
 
     async def _once(self, action: Callable[[Any], Awaitable[T]], attempt: Attempt) -> T:
@@ -654,7 +687,7 @@ class Database:
         return True
 
     async def _check_out(self) -> PoolProxiedConnection:
-        line = self.state.own("line", Line)
+        line = self.here.own("line", Line)
         if line.waiting:
             await asyncio.sleep(0)  # what was just returned is for whoever has waited for it
         line.waiting += 1
@@ -703,7 +736,7 @@ class Database:
         if not isinstance(self.engine.pool, _SINGLE_CONNECTION):
             yield
             return
-        async with self.state.lock("single connection"), _held(self.state.single_connection):
+        async with self.here.lock("single connection"), _held(self.state.single_connection):
             yield
 
     async def _transaction(
@@ -711,7 +744,7 @@ class Database:
     ) -> T:
         if not self.dialect.one_thread:
             return await self._whole(action, attempt)
-        async with self.state.lock("write"):
+        async with self.here.lock("write"):
             # To its end, whatever the deadline: a SQLite connection that is dropped half-way keeps
             # the database's write lock until it is collected.
             return await settle(self._whole(action, attempt))
@@ -815,13 +848,13 @@ class Shard(Database):
         self, action: Callable[[AsyncConnection], Awaitable[T]]
     ) -> tuple[T, Server | None]:
         """As :meth:`ask`, with the server that has answered."""
-        attempt = Attempt(writes=False, about_the_shard=True)
+        attempt = self._attempt(writes=False, about_the_shard=True)
         once = partial(self._query, action)
         return await self._settled(once, attempt), attempt.server
 
     async def tell(self, action: Callable[[AsyncConnection], Awaitable[T]]) -> T:
         """As :meth:`transact`, whatever answers there: to make it what it is to be."""
-        attempt = Attempt(about_the_shard=True)
+        attempt = self._attempt(about_the_shard=True)
         return await self._settled(partial(self._transaction, action), attempt)
 
     def judge(self, quarantine: Quarantine | None, server: Server | None, *, began: float) -> None:
@@ -833,7 +866,7 @@ class Shard(Database):
             return
         self.quarantine = quarantine
         self._server = server
-        self._looked = asyncio.get_running_loop().time()
+        self._looked = self._now()
 
     def in_background(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         """Begin something that may outlive its caller, but not the shard."""
@@ -908,9 +941,7 @@ class Shard(Database):
         return self._lanes[kind]
 
     def _note_unanswered(self) -> None:
-        unanswered = UNANSWERED.get()
-        if unanswered is not None:
-            unanswered.append(self.name)
+        UNANSWERED.set(Unanswered(self.name))
 
     def _connection_lost(self, attempt: Attempt) -> None:
         """An attempt from before the last look tells nothing new."""
@@ -939,7 +970,7 @@ class Shard(Database):
         """Whether what was found out still holds; raises ShardQuarantined where it refuses."""
         if verdict is None:
             return True
-        if asyncio.get_running_loop().time() - verdict.since >= QUARANTINE_SECONDS:
+        if self._now() - verdict.since >= QUARANTINE_SECONDS:
             return False
         self._refuse(verdict, writes=attempt.writes)
         return True

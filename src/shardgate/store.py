@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import logging
 import secrets
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from shardgate.errors import UsageError
 from shardgate.items import decode
@@ -34,10 +35,9 @@ logger = logging.getLogger("shardgate")
 _OPTIMISTIC_POPS = 3
 _INCARNATION_BITS = 63
 _NO_ITEM = (ValueError, TypeError, RecursionError)
-_UNDECODABLE = (UndecodableError, *_NO_ITEM)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Codec:
     """How a session reads its rows. ``is_json``: as :func:`shardgate.items.decode` does."""
 
@@ -56,8 +56,7 @@ class Codec:
             raise UndecodableError(str(error)) from error
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
+class Place(NamedTuple):
     """A session on a database: which rows, and the guard under which they may be touched."""
 
     key: Key
@@ -94,11 +93,14 @@ class Store:
             window = 2 * len(rows)
 
     async def _decoded(self, key: Key, newest_first: Sequence[str], codec: Codec) -> list[Any]:
+        if codec.is_json:
+            with suppress(*_NO_ITEM):
+                return [decode(data) for data in reversed(newest_first)]
         items, skipped = [], 0
         for data in reversed(newest_first):
             try:
-                items.append(decode(data) if codec.is_json else await codec.item(data))
-            except _UNDECODABLE:
+                items.append(await codec.item(data))
+            except UndecodableError:
                 skipped += 1
         _log_skipped(key, skipped)
         return items
@@ -145,7 +147,8 @@ class Store:
 
         def send(connection: Any) -> Awaitable[tuple[Outcome, str | None]]:
             nonlocal sent
-            sent = next(operation.sendings)
+            sent = operation.sendings
+            operation.sendings += 1
             return pop(connection, place.key, place.guard, operation)
 
         outcome, data = await self._write(send)

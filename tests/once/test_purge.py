@@ -191,7 +191,7 @@ async def test_several_at_once_while_appends_go_on(door: Door, open_door: OpenDo
 @pytest.fixture
 def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """A step after 8 writes, of 40 keys in transactions of 10."""
-    for name, value in {"PURGE_EVERY": 8, "STEP": 40, "_CHUNK": 10}.items():
+    for name, value in {"PURGE_EVERY": 8, "STEP": 40, "_chunk": lambda _: 10}.items():
         monkeypatch.setattr(purge_module, name, value)
 
 

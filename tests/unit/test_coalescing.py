@@ -30,7 +30,7 @@ class Sent(Ticket[Load, str]):
     """A ticket that is sent by a function."""
 
     def __init__(self, load: Load, send: Callable[..., Awaitable[None]]) -> None:
-        super().__init__(load)
+        super().__init__(load, asyncio.get_running_loop())
         self._send = send
         self.is_aboard = False
 
@@ -300,13 +300,28 @@ async def test_a_second_seat_is_taken_when_enough_wait(
     assert sender.sent == []
     chats.waits("d1", "e1", "f1", "g1")
     await turn()
-    assert sender.sent == [["b1", "c1", "d1"]], "and there is no third one"
+    assert sender.sent == [["b1", "c1", "d1"]], "for a third one twice as many have to wait"
     chats.lane.give_back(first)
     await turn()
     assert sender.sent == [["b1", "c1", "d1"], ["e1", "f1", "g1"]]
     sender.arrive.set()
     await turn()
     assert all_free(chats.lane)
+
+
+async def test_each_further_seat_is_taken_when_more_wait(
+    sender: Sender, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(coalescing, "WORTH_A_SEAT", 2)
+    monkeypatch.setattr(coalescing, "MOST_TOGETHER", 2)
+    lane: Lane[Load, str] = Lane(seats=3)
+    assert lane.take_seat(Load("first")) is not None
+    for number, sent in enumerate([0, 1, 1, 1, 1, 2, 2, 2, 2, 2], 1):
+        lane.wait(sender.ticket(f"n{number}"))
+        await turn()
+        assert len(sender.sent) == sent, number
+    sender.arrive.set()
+    await turn()
 
 
 async def test_those_whose_turn_it_is_not_stay_behind_in_their_order(

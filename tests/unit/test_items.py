@@ -95,9 +95,21 @@ def test_text_that_no_database_stores(text: Any) -> None:
 
 
 _ANY_JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
-    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    st.none() | st.booleans() | st.integers() | st.floats() | TEXTS,
+    lambda inner: st.lists(inner) | st.dictionaries(TEXTS, inner),
 )
+_DIGITS = st.text("0123456789", min_size=1, max_size=40)
+
+
+@st.composite
+def almost_json(draw: st.DrawFn) -> str:
+    """JSON in which a character or two were put in the place of others."""
+    text = json.dumps(draw(_ANY_JSON), ensure_ascii=draw(st.booleans()))
+    for _ in range(draw(st.integers(1, 2))):
+        at = draw(st.integers(0, len(text)))
+        put = draw(st.text('{}[],:"\\u0189dDeE+-.NaIn \0\x0b', max_size=2))
+        text = text[:at] + put + text[at + draw(st.integers(0, 2)) :]
+    return text
 
 
 @given(
@@ -109,6 +121,10 @@ _ANY_JSON = st.recursive(
             _ANY_JSON.map(json.dumps),
             st.text(" \n\t]},"),
         ),
+        almost_json(),
+        st.builds("{}{}.{}".format, st.sampled_from(["", "-"]), _DIGITS, _DIGITS),
+        st.builds("{}.{}e{}".format, st.integers(-9, 9), _DIGITS, st.integers(-400, 400)),
+        st.integers(-(2**70), 2**70).map(str),
     )
 )
 def test_texts_are_read_as_the_standard_library_reads_them(text: str) -> None:
@@ -119,3 +135,11 @@ def test_texts_are_read_as_the_standard_library_reads_them(text: str) -> None:
             return "error", str(error)
 
     assert read(decode) == read(json.loads)
+
+
+@pytest.mark.parametrize("digits", [19, 20, 4300, 4301, 9000])
+@pytest.mark.parametrize("sign", ["", "-"])
+def test_integers_of_any_length_are_read(digits: int, sign: str) -> None:
+    sevens = 7 * (10**digits - 1) // 9
+    read = decode(f'{{"n": {sign}{"7" * digits}}}')["n"]
+    assert read == (-sevens if sign else sevens)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from shardgate.settling import Underway, settle
+from shardgate.settling import Deadlines, Underway, settle
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine
@@ -21,7 +21,7 @@ FOREVER = 1e6
 async def in_place(operation: Coroutine[Any, Any, Any], *, grace: float | None = None) -> Any:
     """As settle, without a task."""
     grace = FOREVER if grace is None else grace
-    return await Underway(operation, holds=lambda: True, grace=grace, give_up=None)
+    return await Underway(operation, holds=lambda: True, grace=grace)
 
 
 @pytest.fixture(params=[settle, in_place], ids=["in a task", "in place"], name="settle")
@@ -157,9 +157,13 @@ class Held:
         self._seconds = seconds
 
     async def run(self, operation: Coroutine[Any, Any, Any], *, grace: float = FOREVER) -> Any:
-        now = asyncio.get_running_loop().time()
-        give_up = None if self._seconds is None else now + self._seconds
-        return await Underway(operation, holds=lambda: self.sent, grace=grace, give_up=give_up)
+        return await Underway(
+            operation,
+            holds=lambda: self.sent,
+            grace=grace,
+            deadlines=None if self._seconds is None else Deadlines(self._seconds),
+            began=asyncio.get_running_loop().time(),
+        )
 
 
 async def test_before_it_is_sent_it_is_cancelled_at_once() -> None:
@@ -298,3 +302,41 @@ async def test_a_caller_that_is_closed_closes_it() -> None:
     caller.send(None)
     caller.close()
     assert ended == ["closed"]
+
+
+async def test_one_timer_ends_everybody_at_their_own_time() -> None:
+    loop, ended = asyncio.get_running_loop(), []
+    deadlines = Deadlines(0.03)
+
+    async def wait(name: str) -> None:
+        with pytest.raises(TimeoutError):
+            await Underway(
+                asyncio.Event().wait(),
+                holds=lambda: True,
+                grace=FOREVER,
+                deadlines=deadlines,
+                began=loop.time(),
+            )
+        ended.append((name, loop.time()))
+
+    began, waiting = [], []
+    for name in "abc":
+        began.append(loop.time())
+        waiting.append(asyncio.create_task(wait(name)))
+        await asyncio.sleep(0.01)
+    await asyncio.gather(*waiting)
+    assert [name for name, _ in ended] == ["a", "b", "c"]
+    assert all(at >= start + 0.03 for (_, at), start in zip(ended, began, strict=True))
+    assert not deadlines._ends
+
+
+async def test_what_has_ended_is_not_kept_for_its_deadline() -> None:
+    deadlines = Deadlines(FOREVER)
+    for _ in range(3):
+        operation = Operation()
+        operation.go.set()
+        began = asyncio.get_running_loop().time()
+        await Underway(
+            operation.run(), holds=lambda: True, grace=FOREVER, deadlines=deadlines, began=began
+        )
+    assert not deadlines._ends
