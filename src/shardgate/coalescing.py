@@ -21,7 +21,7 @@ from collections import deque
 from contextvars import Context
 from enum import Enum
 from functools import partial
-from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Sequence
@@ -74,13 +74,12 @@ class Ticket(ABC, Generic[J, R]):
     cancelled is not sent any more.
     """
 
-    __slots__ = ("_flight", "_together", "load", "outcome")
+    __slots__ = ("flight", "load", "outcome")
 
     def __init__(self, load: J, loop: asyncio.AbstractEventLoop) -> None:
         self.load = load
         self.outcome: asyncio.Future[R | Alone] = loop.create_future()
-        self._flight: asyncio.Task[None] | None = None
-        self._together: Sequence[Ticket[J, R]] = ()
+        self.flight: Flight | None = None
 
     @abstractmethod
     async def send(self, lane: Lane[J, R], together: Sequence[Ticket[J, R]]) -> None:
@@ -95,20 +94,10 @@ class Ticket(ABC, Generic[J, R]):
         """Whether anybody still wants the outcome, and has none."""
         return not self.outcome.done()
 
-    def depart(self, flight: asyncio.Task[None], together: Sequence[Ticket[J, R]]) -> None:
-        """It is on its way now, with these."""
-        self._flight, self._together = flight, together
-
-    def land(self, error: Exception) -> None:
-        """Its flight is over. If there is no outcome, there was this error."""
-        self._flight, self._together = None, ()  # else they would refer to each other
-        self.fail(error)
-
     def leave(self) -> None:
-        """Nobody waits for the outcome any more. A flight without passengers is cancelled: it would
-        keep its connection from others."""
-        if self._flight is not None and not any(one.waits for one in self._together):
-            self._flight.cancel()
+        """Nobody waits for the outcome any more."""
+        if self.flight is not None:
+            self.flight.end_if_left()
 
     def give(self, outcome: R | Alone) -> None:
         """Tell the outcome, if anybody still wants it."""
@@ -120,6 +109,29 @@ class Ticket(ABC, Generic[J, R]):
         if self.waits:
             self.outcome.set_exception(error)
             self.outcome.exception()  # retrieved, in case that the caller is cancelled just now
+
+
+class Flight:
+    """A statement that is under way with these tickets."""
+
+    __slots__ = ("_task", "_together")
+
+    def __init__(self, task: asyncio.Task[None], together: Sequence[Ticket[Any, Any]]) -> None:
+        self._task: asyncio.Task[None] | None = task
+        self._together = together
+        for ticket in together:
+            ticket.flight = self
+
+    def end_if_left(self) -> None:
+        """Cancel it, if it is without passengers: it would keep its connection from others."""
+        if self._task is not None and not any(ticket.waits for ticket in self._together):
+            self._task.cancel()
+
+    def land(self, error: Exception) -> None:
+        """It is over. For those without an outcome there was this error."""
+        for ticket in self._together:
+            ticket.fail(error)
+        self._task, self._together = None, ()  # else it and its tickets would refer to each other
 
 
 class Seat:
@@ -188,21 +200,14 @@ class Lane(Generic[J, R]):
         while self._may_depart() and (together := self._gather()):
             seat = self._seat([ticket.load for ticket in together])
             # In a context of its own: it is nothing of the request's that happens to start it.
-            flight = self._loop.create_task(together[0].send(self, together), context=Context())
-            self._flights.add(flight)  # a task that nobody refers to may be collected
-            flight.add_done_callback(partial(self._land, seat, together))
-            for ticket in together:
-                ticket.depart(flight, together)
+            task = self._loop.create_task(together[0].send(self, together), context=Context())
+            self._flights.add(task)  # a task that nobody refers to may be collected
+            task.add_done_callback(partial(self._land, seat, Flight(task, together)))
 
-    def _land(
-        self, seat: Seat, together: Sequence[Ticket[J, R]], flight: asyncio.Task[None]
-    ) -> None:
-        self._flights.discard(flight)
-        error = ConnectionAbortedError("cancelled") if flight.cancelled() else flight.exception()
-        if not isinstance(error, Exception):
-            error = RuntimeError("no outcome")
-        for ticket in together:
-            ticket.land(error)
+    def _land(self, seat: Seat, flight: Flight, task: asyncio.Task[None]) -> None:
+        self._flights.discard(task)
+        error = ConnectionAbortedError("cancelled") if task.cancelled() else task.exception()
+        flight.land(error if isinstance(error, Exception) else RuntimeError("no outcome"))
         self.give_back(seat)
 
     def _gather(self) -> list[Ticket[J, R]]:
@@ -215,12 +220,12 @@ class Lane(Generic[J, R]):
         identities: set[Hashable] = set()
         weight = 0
         while self._waiting and len(together) < MOST_TOGETHER:
-            ticket = self._waiting[0]
-            if ticket.waits and ticket.load.turn in self._turns:
+            ticket, load = self._waiting[0], self._waiting[0].load
+            if ticket.waits and load.turn in self._turns:
                 behind.append(ticket)
             elif ticket.waits:
-                weight += ticket.load.weight + self.answer_bytes
-                identity = ticket.load.identity
+                weight += load.weight + self.answer_bytes
+                identity = load.identity
                 if together and (weight > MOST_BYTES or identity in identities):
                     break
                 together.append(ticket)

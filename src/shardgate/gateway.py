@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar
 
 from sqlalchemy import text
 
@@ -26,6 +26,7 @@ from shardgate.slots import check_session_id, check_tenant_id
 from shardgate.sql.schema import TableNames, build_tables
 
 T = TypeVar("T")
+P = ParamSpec("P")
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Mapping
@@ -275,10 +276,12 @@ class Gateway:
         keyspace: str,
         tenant_id: str,
         session_id: str,
-        act: Callable[[Store, Place], Awaitable[T]],
+        act: Callable[Concatenate[Store, Place, P], Awaitable[T]],
+        *args: P.args,
+        **kwargs: P.kwargs,
     ) -> Coroutine[Any, Any, T]:
         self._check_use()
-        return self._keyspaces[keyspace].perform(tenant_id, session_id, act)
+        return self._keyspaces[keyspace].perform(tenant_id, session_id, act, *args, **kwargs)
 
     async def _list(
         self, keyspace: str, tenant_id: str, limit: int, after: Any, *, partial_: bool

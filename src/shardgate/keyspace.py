@@ -17,7 +17,7 @@ import logging
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 from shardgate import shards as shards_module
 from shardgate.agreement import Contradiction, Memory, lost_record, older_copy, other_shard
@@ -60,6 +60,7 @@ if TYPE_CHECKING:
     from shardgate.topology import KeyspaceMap
 
 T = TypeVar("T")
+P = ParamSpec("P")
 
 logger = logging.getLogger("shardgate")
 
@@ -141,7 +142,12 @@ class Keyspace:
         return dict(zip(self._stores, removed, strict=True))
 
     async def perform(
-        self, tenant_id: str, session_id: str, act: Callable[[Store, Place], Awaitable[T]]
+        self,
+        tenant_id: str,
+        session_id: str,
+        act: Callable[Concatenate[Store, Place, P], Awaitable[T]],
+        *args: P.args,
+        **kwargs: P.kwargs,
     ) -> T:
         """Run ``act`` where the session lives, following it for as long as the deadline allows.
 
@@ -154,8 +160,31 @@ class Keyspace:
             TenantRefused: the tenant is not admitted there.
         """
         before = UNANSWERED.get()
+        clock = asyncio.get_running_loop().time
+        give_up = clock() + self._deadline
+        refusals: tuple[tuple[str, int], ...] = ()
         try:
-            return await self._follow_session(tenant_id, session_id, act)
+            while True:
+                known = self.map or await self._read()
+                slot, h = locate(known, tenant_id, session_id)
+                name = known.owners[slot]
+                if name not in self.shards:
+                    raise self._not_named(known, name)
+                self._reconsider(self.shards[name])
+                place = Place(Key(tenant_id, session_id, h), Guard(slot, known.uuids[name]))
+                try:
+                    return await act(self._stores[name], place, *args, **kwargs)
+                except RefusedError:
+                    where = route(known, tenant_id, session_id)
+                    refusals += ((name, where.epoch),)
+                    if clock() > give_up:
+                        raise self._not_found(where, refusals) from None
+                except ShardQuarantined:
+                    # The inquiry that found it out has also told where the session lives by now.
+                    if (await self.known()).owners[slot] == name:
+                        raise
+                    continue
+                await self._learn(known, where, tenant_id, seconds=give_up - clock())
         except ShardgateError as error:
             unanswered = UNANSWERED.get()
             if unanswered is None or unanswered is before or isinstance(error, OutcomeUnknown):
@@ -168,36 +197,6 @@ class Keyspace:
         finally:
             if UNANSWERED.get() is not before:
                 UNANSWERED.set(before)
-
-    async def _follow_session(
-        self, tenant_id: str, session_id: str, act: Callable[[Store, Place], Awaitable[T]]
-    ) -> T:
-        clock = asyncio.get_running_loop().time
-        give_up = clock() + self._deadline
-        refusals: tuple[tuple[str, int], ...] = ()
-        while True:
-            known = self.map or await self._read()
-            slot, h = locate(known, tenant_id, session_id)
-            name = known.owners[slot]
-            store = self._stores.get(name)
-            if store is None:
-                raise self._not_named(known, name)
-            self._reconsider(self.shards[name])
-            place = Place(Key(tenant_id, session_id, h), Guard(slot, known.uuids[name]))
-            try:
-                return await act(store, place)
-            except RefusedError:
-                where = route(known, tenant_id, session_id)
-                refusals += ((name, where.epoch),)
-                if clock() > give_up:
-                    raise self._not_found(where, refusals) from None
-            except ShardQuarantined:
-                # The inquiry that has found it out has also told where the session lives by now.
-                now = await self.known()
-                if now.owners[slot] == name:
-                    raise
-                continue
-            await self._learn(known, where, tenant_id, seconds=give_up - clock())
 
     async def survey(
         self, tenant_id: str, *, limit: int, after: Any, partial_: bool

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
 from secrets import token_hex
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, TypeVar
 
 from shardgate.engines import close_shared_engine, shared_engine
 from shardgate.errors import OutcomeUnknown, UsageError
@@ -42,6 +42,7 @@ else:
 
 
 T = TypeVar("T")
+P = ParamSpec("P")
 
 MAX_LIMIT = 2**31
 """More items than any session has; what a larger limit is taken for."""
@@ -94,7 +95,12 @@ class StoredSession(SessionBase):
         self._session_settings = _checked_settings(value)
 
     @abstractmethod
-    def _perform(self, act: Callable[[Store, Place], Awaitable[T]]) -> Awaitable[T]:
+    def _perform(
+        self,
+        act: Callable[Concatenate[Store, Place, P], Awaitable[T]],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> Awaitable[T]:
         """Run ``act`` where the session lives, wherever that is by then."""
 
     @property
@@ -127,8 +133,7 @@ class StoredSession(SessionBase):
         limit = _checked_limit(self._default_limit() if limit is None else limit)
         if limit == 0:
             return []
-        codec = self._codec
-        return await self._perform(lambda store, place: store.newest(place, limit, codec))
+        return await self._perform(Store.newest, limit, self._codec)
 
     async def add_items(
         self,
@@ -153,22 +158,22 @@ class StoredSession(SessionBase):
         if not data:
             return
         operation = _append_operation(idempotency_key, data)
-        await self._change(operation, lambda store, place: store.append(place, operation, data))
+        try:
+            await self._perform(Store.append, operation, data)
+        except OutcomeUnknown as error:
+            error.op_id = operation.op_id
+            raise
 
     async def pop_item(self, *, wrapper: object = None) -> TResponseInputItem | None:
         """Remove the newest item and return it; None where there is none.
 
         Two calls at once never return the same item. A row that cannot be decoded stays.
         """
-        operation, codec = _operation("pop"), self._codec
-        return await self._change(
-            operation, lambda store, place: store.pop(place, operation, codec)
-        )
+        return await self._change(Store.pop, _operation("pop"), self._codec)
 
     async def clear_session(self, *, wrapper: object = None) -> None:
         """Remove every item."""
-        operation = _operation("clear")
-        await self._change(operation, lambda store, place: store.clear(place, operation))
+        await self._change(Store.clear, _operation("clear"))
 
     async def settle(self, op_id: str) -> bool:
         """Whether an operation took effect whose outcome was unknown; if not, it never will.
@@ -181,7 +186,7 @@ class StoredSession(SessionBase):
             UsageError: it is not an op_id.
         """
         op_id = _checked_id(op_id, "op_id", MAX_OP_ID)
-        return await self._perform(lambda store, place: store.settle(place, op_id))
+        return await self._perform(Store.settle, op_id)
 
     async def _get_compaction_snapshot(
         self,
@@ -194,7 +199,7 @@ class StoredSession(SessionBase):
         A row that cannot be decoded is kept: the snapshot begins after it and is not complete.
         ``prune_prefix`` says of the rows before the replaced ones, oldest first, which go as well.
         """
-        tail = await self._perform(lambda store, place: store.tail(place, limit))
+        tail = await self._perform(Store.tail, limit)
         codec = self._codec
         items, first = await self._after_undecodable(tail)
 
@@ -203,12 +208,13 @@ class StoredSession(SessionBase):
 
         async def replace_suffix(start: int, output: list[TResponseInputItem]) -> bool:
             data = [await self._text(item) for item in output]
-            chosen, operation = None if prune_prefix is None else prune, _operation("replace")
             return await self._change(
-                operation,
-                lambda store, place: store.replace(
-                    place, operation, tail, start=first + start, items=data, prune=chosen
-                ),
+                Store.replace,
+                _operation("replace"),
+                tail,
+                start=first + start,
+                items=data,
+                prune=None if prune_prefix is None else prune,
             )
 
         return CompactionSnapshot(items, tail.complete and first == 0, replace_suffix)
@@ -216,19 +222,21 @@ class StoredSession(SessionBase):
     async def _atomic_replace_items(self, items: list[TResponseInputItem]) -> bool:
         """The hook by which the SDK's manual compaction replaces the whole history at once."""
         data = [await self._text(item) for item in check_items(items)]
-        operation = _operation("replace")
-        return await self._change(
-            operation, lambda store, place: store.replace_all(place, operation, data)
-        )
+        return await self._change(Store.replace_all, _operation("replace"), data)
 
     async def _delete(self) -> bool:
         """Remove the session with all its items; whether there was one."""
-        operation = _operation("delete")
-        return await self._change(operation, lambda store, place: store.delete(place, operation))
+        return await self._change(Store.delete, _operation("delete"))
 
-    async def _change(self, operation: Operation, act: Callable[[Store, Place], Awaitable[T]]) -> T:
+    async def _change(
+        self,
+        act: Callable[Concatenate[Store, Place, Operation, P], Awaitable[T]],
+        operation: Operation,
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> T:
         try:
-            return await self._perform(act)
+            return await self._perform(act, operation, *args, **kwargs)
         except OutcomeUnknown as error:
             error.op_id = operation.op_id
             raise
@@ -293,8 +301,13 @@ class GatewaySession(StoredSession):
     def __repr__(self) -> str:
         return f"GatewaySession({self.session_id!r})"
 
-    def _perform(self, act: Callable[[Store, Place], Awaitable[T]]) -> Awaitable[T]:
-        done: Awaitable[T] = self._on_shard(*self._ids, act)
+    def _perform(
+        self,
+        act: Callable[Concatenate[Store, Place, P], Awaitable[T]],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> Awaitable[T]:
+        done: Awaitable[T] = self._on_shard(*self._ids, act, *args, **kwargs)
         return done
 
 
@@ -371,10 +384,15 @@ class SQLAlchemySession(StoredSession):
             await end_purge(Database(self.engine, self._tables))
             await close_shared_engine(*self._url)
 
-    async def _perform(self, act: Callable[[Store, Place], Awaitable[T]]) -> T:
+    async def _perform(
+        self,
+        act: Callable[Concatenate[Store, Place, P], Awaitable[T]],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> T:
         database = Database(self.engine, self._tables)
         await database.ready(create=self._create_tables)
-        return await act(Store(database), Place(self._key))
+        return await act(Store(database), Place(self._key), *args, **kwargs)
 
 
 def _operation(kind: Literal["append", "pop", "clear", "replace", "delete"]) -> Operation:

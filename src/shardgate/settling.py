@@ -4,7 +4,7 @@ several operations, although one of them has failed."""
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, cast
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable
@@ -85,6 +85,13 @@ class Deadlines:
             one.expire()
 
 
+class Held(Protocol):
+    """What knows how far an operation has come."""
+
+    def has_to_end(self) -> bool:
+        """Whether to cancel it now would leave its outcome unknown."""
+
+
 class Underway(Generic[T]):
     """As :func:`settle`, of an operation that runs in its caller's own task: to be awaited, once.
 
@@ -92,9 +99,9 @@ class Underway(Generic[T]):
     the operation itself, and waits, as far as it knows, for this object: so it is this object that
     is asked when the task is cancelled, and it cancels what the operation waits for, or does not.
 
-    ``holds`` says whether a cancellation has to wait for the operation's end now, ``grace`` how
-    many seconds at most. Where ``deadlines`` say so, by when it ``began``, the operation is
-    cancelled, and TimeoutError raised. While ``holds`` is true, the operation must not wait for
+    ``held`` says whether a cancellation has to wait for the operation's end now, ``grace`` how many
+    seconds at most. Where ``deadlines`` say so, by when it ``began``, the operation is
+    cancelled, and TimeoutError raised. While it has to end, the operation must not wait for
     anything that cancels the task that it runs in, as ``asyncio.timeout`` does.
     """
 
@@ -105,7 +112,7 @@ class Underway(Generic[T]):
         "_ends",
         "_grace",
         "_grace_timer",
-        "_holds",
+        "_held",
         "_late",
         "_left",
         "_loop",
@@ -117,14 +124,14 @@ class Underway(Generic[T]):
     def __init__(
         self,
         operation: Coroutine[Any, Any, T],
+        held: Held,
         *,
-        holds: Callable[[], bool],
         grace: float,
         deadlines: Deadlines | None = None,
         began: float = 0,
     ) -> None:
         self._operation = operation
-        self._holds = holds
+        self._held = held
         self._grace = grace
         self._deadlines = deadlines
         self._began = began
@@ -140,12 +147,33 @@ class Underway(Generic[T]):
         cancelling = 0 if task is None else task.cancelling()
         if self._deadlines is not None:
             self._deadlines.add(self, self._began)
+        operation = self._operation
+        error: BaseException | None = None
         try:
-            answer = yield from self._steps()
-        except asyncio.CancelledError as error:
+            while True:  # run the operation as its task does, between whom this stands
+                try:
+                    future = operation.send(None) if error is None else operation.throw(error)
+                except StopIteration as end:
+                    answer: T = end.value
+                    break
+                self._waits_for, error = future, None
+                if future is not None:
+                    future._asyncio_future_blocking = False
+                    self._asyncio_future_blocking = True
+                    if self._ends:
+                        self._end()
+                try:
+                    yield None if future is None else self
+                except asyncio.CancelledError as cancellation:
+                    # The future's own; or the task's, cancelled when the future was done.
+                    own = future is not None and future.cancelled()
+                    error = cancellation if own or not self._leave() else None
+                except Exception as its_own:  # noqa: BLE001 - raised where the operation waits
+                    error = its_own
+        except asyncio.CancelledError as cancelled:
             alone = task is None or task.cancelling() <= cancelling
             if self._late and alone and not self._left:
-                raise TimeoutError from error
+                raise TimeoutError from cancelled
             raise
         except Exception:
             if self._left:
@@ -156,37 +184,14 @@ class Underway(Generic[T]):
                 self._deadlines.remove(self)
             if self._grace_timer is not None:
                 self._grace_timer.cancel()
-            self._operation.close()
+            operation.close()
+            error = None  # its traceback leads here
         if self._left:
             raise self._cancelled()
         return answer
 
     def _cancelled(self) -> asyncio.CancelledError:
         return asyncio.CancelledError(*([] if self._message is None else [self._message]))
-
-    def _steps(self) -> Generator[Any, None, T]:
-        """Run the operation as a task does, between whom and the event loop this stands."""
-        error: BaseException | None = None
-        while True:
-            try:
-                step = self._operation.send(None) if error is None else self._operation.throw(error)
-            except StopIteration as end:
-                return end.value  # type: ignore[no-any-return]  # it is the operation's
-            future, error = step, None
-            self._waits_for = future
-            if future is not None:
-                future._asyncio_future_blocking = False
-                self._asyncio_future_blocking = True
-                if self._ends:
-                    self._end()
-            try:
-                yield None if future is None else self
-            except asyncio.CancelledError as cancellation:
-                # The future's own; or the task's, which was cancelled when the future was done.
-                own = future is not None and future.cancelled()
-                error = cancellation if own or not self._leave() else None
-            except Exception as its_own:  # noqa: BLE001 - it is raised where the operation waits
-                error = its_own
 
     def get_loop(self) -> asyncio.AbstractEventLoop:
         """Of whom the task has to be, as of a future."""
@@ -207,7 +212,7 @@ class Underway(Generic[T]):
 
     def _leave(self) -> bool:
         """Whether the operation goes on although its caller is cancelled."""
-        if not self._left and self._holds():
+        if not self._left and self._held.has_to_end():
             self._left = True
             self._grace_timer = self._loop.call_later(self._grace, self._end)
         return self._left

@@ -96,18 +96,41 @@ class Unanswered:
 
 
 class Attempt:
-    """How far an operation has come.
+    """What an operation does, and how far it has come.
 
-    ``started``: when it began, ``began``: when the attempt under way did, by the event loop's
-    clock. ``sent``: the attempt under way has reached the driver. ``lost``: an attempt that was
-    sent has not been answered, so it may have taken effect. ``about_the_shard``: it asks what a
-    shard is, or tells it, so it does not depend on the answer. ``server`` is the one that the
-    attempt has led to. ``alone``: it was sent with others, and has to be sent by itself.
+    ``act`` is done with a connection; where there is a ``kind``, it is a load of that kind, to be
+    sent by itself or with others. ``started``: when the operation began, ``began``: when the
+    attempt under way did, by the event loop's clock. ``sent``: the attempt under way has reached
+    the driver. ``lost``: an attempt that was sent has not been answered, so it may have taken
+    effect. ``about_the_shard``: it asks what a shard is, or tells it, so it does not depend on the
+    answer. ``server`` is the one that the attempt has led to. ``alone``: it was sent with others,
+    and has to be sent by itself.
     """
 
-    __slots__ = ("about_the_shard", "alone", "began", "lost", "sent", "server", "started", "writes")
+    __slots__ = (
+        "about_the_shard",
+        "act",
+        "alone",
+        "began",
+        "kind",
+        "lost",
+        "sent",
+        "server",
+        "started",
+        "writes",
+    )
 
-    def __init__(self, now: float, *, writes: bool = True, about_the_shard: bool = False) -> None:
+    def __init__(
+        self,
+        now: float,
+        act: Any = None,
+        *,
+        kind: Any = None,
+        writes: bool = True,
+        about_the_shard: bool = False,
+    ) -> None:
+        self.act = act
+        self.kind = kind
         self.writes = writes
         self.sent = False
         self.lost = False
@@ -184,16 +207,15 @@ class TailReads:
 class _Ticket(Ticket[Any, Any]):
     """An operation of a database that is sent with others."""
 
-    __slots__ = ("_attempt", "_database", "_kind")
+    __slots__ = ("_attempt", "_database")
 
-    def __init__(self, load: Any, attempt: Attempt, kind: Any, database: Database) -> None:
-        super().__init__(load, database.here.loop)
+    def __init__(self, attempt: Attempt, database: Database) -> None:
+        super().__init__(attempt.act, database.here.loop)
         self._attempt = attempt
-        self._kind = kind
         self._database = database
 
     async def send(self, lane: Lane[Any, Any], together: Sequence[Ticket[Any, Any]]) -> None:
-        await self._database._fly(self._kind, lane, together)
+        await self._database._fly(self._attempt.kind, lane, together)
 
     def board(self) -> None:
         self._attempt.sent = True
@@ -286,23 +308,23 @@ class Database:
             self._here = self.state.of_loop()
         return self._here
 
-    def _attempt(self, *, writes: bool = True, about_the_shard: bool = False) -> Attempt:
-        return Attempt(self._now(), writes=writes, about_the_shard=about_the_shard)
+    def _attempt(self, act: Any = None, **more: Any) -> Attempt:
+        return Attempt(self._now(), act, **more)
 
     def _now(self) -> float:
         return self.here.loop.time()
 
     def read(self, action: Callable[[Any], Awaitable[T]]) -> Coroutine[Any, Any, T]:
         """Run ``action`` on a driver's connection; it must not change anything."""
-        return self._at_once(partial(self._once, action), self._attempt(writes=False))
+        return self._at_once(self._once, self._attempt(action, writes=False))
 
     def write(self, action: Callable[[Any], Awaitable[T]]) -> Coroutine[Any, Any, T]:
         """Run ``action`` on a driver's connection; it takes effect whole or not at all."""
-        return self._at_once(partial(self._alone, action), self._attempt())
+        return self._at_once(self._alone, self._attempt(action))
 
     def append(self, append: Append) -> Coroutine[Any, Any, Outcome]:
         """As :meth:`write`; sent together with others, where it would have to wait."""
-        return self._at_once(partial(self._gathered, Appends, append), self._attempt())
+        return self._at_once(self._gathered, self._attempt(append, kind=Appends))
 
     def tail(self, read: TailRead) -> Coroutine[Any, Any, list[str] | None]:
         """As :meth:`read`, the newest rows, newest first; together with others likewise.
@@ -310,10 +332,10 @@ class Database:
         None where the guard fails.
         """
         short = read.limit is not None and read.limit <= LONGEST_TAIL
-        once = partial(self._gathered if short else self._single, TailReads, read)
-        return self._at_once(once, self._attempt(writes=False))
+        once = self._gathered if short else self._once
+        return self._at_once(once, self._attempt(read, kind=TailReads, writes=False))
 
-    async def _gathered(self, kind: Any, load: J, attempt: Attempt) -> Any:
+    async def _gathered(self, attempt: Attempt) -> Any:
         """Send one operation: at once if a seat is free, else with those who wait for one too.
 
         Not where it may be under way already: two of the same in one statement, or in two that hold
@@ -321,15 +343,15 @@ class Database:
         """
         gathers = self.coalesce and self.dialect.gathers
         if not gathers or attempt.lost or attempt.alone:
-            return await self._single(kind, load, attempt)
-        lane = self._lane(kind)
-        seat = lane.take_seat(load)
+            return await self._single(attempt)
+        lane = self._lane(attempt.kind)
+        seat = lane.take_seat(attempt.act)
         if seat is not None:
             try:
-                return await self._single(kind, load, attempt)
+                return await self._single(attempt)
             finally:
                 lane.give_back(seat)
-        ticket = _Ticket(load, attempt, kind, self)
+        ticket = _Ticket(attempt, self)
         lane.wait(ticket)
         try:
             outcome = await ticket.outcome
@@ -339,16 +361,13 @@ class Database:
         if outcome is not ALONE:
             return outcome
         attempt.alone, attempt.sent = True, False
-        return await self._single(kind, load, attempt)
+        return await self._single(attempt)
 
     def _lane(self, kind: Any) -> Lane[Any, Any]:
         return self.here.own((kind, self.dialect), partial(_new_lane, kind))
 
-    async def _single(self, kind: Any, load: J, attempt: Attempt) -> Any:
-        act = partial(kind.one, self.dialect, load)
-        if kind.writes:
-            return await self._alone(act, attempt)
-        return await self._once(act, attempt)
+    def _single(self, attempt: Attempt) -> Coroutine[Any, Any, Any]:
+        return self._alone(attempt) if attempt.writes else self._once(attempt)
 
     async def _fly(self, kind: Any, lane: Lane[J, Any], tickets: Sequence[Ticket[J, Any]]) -> None:
         """Send several operations as one statement.
@@ -372,10 +391,10 @@ class Database:
             lane.answer_bytes = kind.answer_bytes(outcomes)
             return outcomes
 
-        attempt = self._attempt(writes=kind.writes)
+        attempt = self._attempt(act, writes=kind.writes)
         try:
             async with asyncio.timeout(self.deadline):
-                outcomes = await self._once(act, attempt)
+                outcomes = await self._once(attempt)
         except Exception as error:
             if not attempt.sent or self._is_unanswered(error):
                 raise
@@ -391,21 +410,19 @@ class Database:
 
     async def transact(self, action: Callable[[AsyncConnection], Awaitable[T]]) -> T:
         """Run ``action`` in a transaction of several statements that locks before it reads."""
-        return await self._settled(partial(self._transaction, action), self._attempt())
+        return await self._settled(self._transaction, self._attempt(action))
 
     async def query(self, action: Callable[[AsyncConnection], Awaitable[T]]) -> T:
         """Run ``action``, which only reads, on a SQLAlchemy connection."""
-        return await self._settled(partial(self._query, action), self._attempt(writes=False))
+        return await self._settled(self._query, self._attempt(action, writes=False))
 
-    async def _query(
-        self, action: Callable[[AsyncConnection], Awaitable[T]], attempt: Attempt
-    ) -> T:
+    async def _query(self, attempt: Attempt) -> Any:
         async with self._only_user(), self.engine.connect() as connection:
             if self.dialect.begins:  # each statement sees what is committed, with it or without
                 await connection.execution_options(isolation_level="AUTOCOMMIT")
             await self._admit_sqlalchemy(connection, attempt)
             attempt.sent = True
-            return await action(connection)
+            return await attempt.act(connection)
 
     async def ready(self, *, create: bool, afresh: bool = False) -> None:
         """Create the tables if asked, and refuse those of somebody else; once per engine.
@@ -448,7 +465,7 @@ class Database:
         try:
             answer = await Underway(
                 once(attempt),
-                holds=attempt.has_to_end,
+                attempt,
                 grace=CANCELLED_SECONDS,
                 deadlines=self._deadlines_now(),
                 began=attempt.started,
@@ -595,25 +612,29 @@ class Database:
     def _is_contention(self, error: DBAPIError) -> bool:
         return error.orig is not None and self.dialect.is_contention(driver_error(error))
 
-    async def _alone(self, action: Callable[[Any], Awaitable[T]], attempt: Attempt) -> T:
+    def _alone(self, attempt: Attempt) -> Coroutine[Any, Any, Any]:
+        return self._queued(attempt) if self.dialect.one_thread else self._once(attempt)
+
+    async def _queued(self, attempt: Attempt) -> Any:
         """SQLite has one writer: tasks of this loop queue in order instead of polling its lock."""
-        if not self.dialect.one_thread:
-            return await self._once(action, attempt)
         async with self.here.lock("write"):
-            return await self._once(action, attempt)
+            return await self._once(attempt)
 
-    async def _once(self, action: Callable[[Any], Awaitable[T]], attempt: Attempt) -> T:
-        if not isinstance(self.engine.sync_engine.pool, _SINGLE_CONNECTION):
-            return await self._connected(action, attempt)
+    def _once(self, attempt: Attempt) -> Coroutine[Any, Any, Any]:
+        if isinstance(self.engine.sync_engine.pool, _SINGLE_CONNECTION):
+            return self._by_itself(attempt)
+        return self._connected(attempt)
+
+    async def _by_itself(self, attempt: Attempt) -> Any:
         async with self._only_user():
-            return await self._connected(action, attempt)
+            return await self._connected(attempt)
 
-    async def _connected(self, action: Callable[[Any], Awaitable[T]], attempt: Attempt) -> T:
-        """Run ``action`` on a connection of the pool's."""
+    async def _connected(self, attempt: Attempt) -> Any:
+        """Make an attempt on a connection of the pool's."""
         pool = self.engine.sync_engine.pool
         connection = await self._check_out()
         try:
-            answer = await self._act(action, connection, attempt)
+            answer = await self._act(connection, attempt)
         except Exception as error:
             translated = self.dialect.translate(error, connection.dbapi_connection)
             await self._give_back(connection, translated)
@@ -629,12 +650,7 @@ class Database:
             connection.invalidate()  # the engine was closed meanwhile, its pool with it
         return answer
 
-    async def _act(
-        self,
-        action: Callable[[Any], Awaitable[T]],
-        connection: PoolProxiedConnection,
-        attempt: Attempt,
-    ) -> T:
+    async def _act(self, connection: PoolProxiedConnection, attempt: Attempt) -> Any:
         driver: Any = connection.driver_connection
         if self.dialect.in_transaction(driver):
             # A listener of the pool has left one open; what it has set in it is to stay.
@@ -642,11 +658,15 @@ class Database:
             await greenlets.run(adapted.commit)
         admission = await self._admit(connection, attempt)
         if admission.read_committed:
-            attempt.sent = True
-            return await action(driver)
+            return await self._send(driver, attempt)
         async with driver.transaction(isolation="read_committed"):
-            attempt.sent = True
-            return await action(driver)
+            return await self._send(driver, attempt)
+
+    def _send(self, driver: Any, attempt: Attempt) -> Awaitable[Any]:
+        attempt.sent = True
+        if attempt.kind is None:
+            return attempt.act(driver)  # type: ignore[no-any-return]  # it acts, or it has a kind
+        return attempt.kind.one(self.dialect, attempt.act, driver)  # type: ignore[no-any-return]
 
     async def _admit(self, connection: PoolProxiedConnection, attempt: Attempt) -> Admission:
         """What there is to know of a connection before it is used: asked once for each.
@@ -739,23 +759,19 @@ class Database:
         async with self.here.lock("single connection"), _held(self.state.single_connection):
             yield
 
-    async def _transaction(
-        self, action: Callable[[AsyncConnection], Awaitable[T]], attempt: Attempt
-    ) -> T:
+    async def _transaction(self, attempt: Attempt) -> Any:
         if not self.dialect.one_thread:
-            return await self._whole(action, attempt)
+            return await self._whole(attempt)
         async with self.here.lock("write"):
             # To its end, whatever the deadline: a SQLite connection that is dropped half-way keeps
             # the database's write lock until it is collected.
-            return await settle(self._whole(action, attempt))
+            return await settle(self._whole(attempt))
 
-    async def _whole(
-        self, action: Callable[[AsyncConnection], Awaitable[T]], attempt: Attempt
-    ) -> T:
+    async def _whole(self, attempt: Attempt) -> Any:
         async with self._only_user(), transaction(self.engine) as connection:
             await self._admit_sqlalchemy(connection, attempt)
             attempt.sent = True
-            return await action(connection)
+            return await attempt.act(connection)
 
 
 @asynccontextmanager
@@ -848,14 +864,13 @@ class Shard(Database):
         self, action: Callable[[AsyncConnection], Awaitable[T]]
     ) -> tuple[T, Server | None]:
         """As :meth:`ask`, with the server that has answered."""
-        attempt = self._attempt(writes=False, about_the_shard=True)
-        once = partial(self._query, action)
-        return await self._settled(once, attempt), attempt.server
+        attempt = self._attempt(action, writes=False, about_the_shard=True)
+        return await self._settled(self._query, attempt), attempt.server
 
     async def tell(self, action: Callable[[AsyncConnection], Awaitable[T]]) -> T:
         """As :meth:`transact`, whatever answers there: to make it what it is to be."""
-        attempt = self._attempt(about_the_shard=True)
-        return await self._settled(partial(self._transaction, action), attempt)
+        attempt = self._attempt(action, about_the_shard=True)
+        return await self._settled(self._transaction, attempt)
 
     def judge(self, quarantine: Quarantine | None, server: Server | None, *, began: float) -> None:
         """Take what was found out about the shard on a server, by a look that ``began`` then.

@@ -21,7 +21,7 @@ FOREVER = 1e6
 async def in_place(operation: Coroutine[Any, Any, Any], *, grace: float | None = None) -> Any:
     """As settle, without a task."""
     grace = FOREVER if grace is None else grace
-    return await Underway(operation, holds=lambda: True, grace=grace)
+    return await Underway(operation, Held(sent=True), grace=grace)
 
 
 @pytest.fixture(params=[settle, in_place], ids=["in a task", "in place"], name="settle")
@@ -152,14 +152,17 @@ async def test_a_timeout_around_it_is_a_timeout(settle: Settle) -> None:
 class Held:
     """An operation in place, of which a cancellation waits for the end once it is ``sent``."""
 
-    def __init__(self, *, seconds: float | None = None) -> None:
-        self.sent = False
+    def __init__(self, *, sent: bool = False, seconds: float | None = None) -> None:
+        self.sent = sent
         self._seconds = seconds
+
+    def has_to_end(self) -> bool:
+        return self.sent
 
     async def run(self, operation: Coroutine[Any, Any, Any], *, grace: float = FOREVER) -> Any:
         return await Underway(
             operation,
-            holds=lambda: self.sent,
+            self,
             grace=grace,
             deadlines=None if self._seconds is None else Deadlines(self._seconds),
             began=asyncio.get_running_loop().time(),
@@ -312,7 +315,7 @@ async def test_one_timer_ends_everybody_at_their_own_time() -> None:
         with pytest.raises(TimeoutError):
             await Underway(
                 asyncio.Event().wait(),
-                holds=lambda: True,
+                Held(sent=True),
                 grace=FOREVER,
                 deadlines=deadlines,
                 began=loop.time(),
@@ -337,6 +340,6 @@ async def test_what_has_ended_is_not_kept_for_its_deadline() -> None:
         operation.go.set()
         began = asyncio.get_running_loop().time()
         await Underway(
-            operation.run(), holds=lambda: True, grace=FOREVER, deadlines=deadlines, began=began
+            operation.run(), Held(sent=True), grace=FOREVER, deadlines=deadlines, began=began
         )
     assert not deadlines._ends
