@@ -15,7 +15,7 @@ DURABLE = "the server's: each append is on disk before it returns"
 
 
 def settings_at(
-    urls: dict[str, str], connections: int, *, deadline: float | None = 600
+    urls: dict[str, str], connections: int, *, deadline: float | None = 600, coalesce: bool = True
 ) -> GatewaySettings:
     """Settings for shards at these URLs; the connections are shared out among them. ``deadline`` is
     in seconds; None: the one that there is where nobody sets another one."""
@@ -24,6 +24,7 @@ def settings_at(
             "shards": {name: {"url": url} for name, url in urls.items()},
             "keyspaces": {"main": {}},
             "engine_kwargs": engine_options(max(1, connections // len(urls))),
+            "coalesce": coalesce,
         }
         | ({} if deadline is None else {"operation_deadline": deadline})
     )
@@ -35,34 +36,44 @@ class ThroughGateway(Contestant):
     key: ClassVar[str] = "gateway"
     title: ClassVar[str] = "shardgate, gateway"
     durability: ClassVar[str] = DURABLE
+    coalesce: ClassVar[bool] = True
 
     def __init__(self, stage: Stage, *, shards: int = 1, servers: int = 1) -> None:
         super().__init__(stage)
         self._shards = shards
         self._servers = servers
+        self.urls: dict[str, str] = {}
 
     async def open(self) -> None:
-        urls, new = {}, False
+        new = False
         for number in range(self._shards):
             label = "shardgate" if self._shards == 1 else f"shardgate-{number}-of-{self._shards}"
             url, new = await self.stage.database(label, server=number % self._servers)
-            urls[f"shard_{number:03d}"] = url
-        self.gateway = Gateway(settings_at(urls, self.connections))
+            self.urls[f"shard_{number:03d}"] = url
+        self.gateway = Gateway(settings_at(self.urls, self.connections, coalesce=self.coalesce))
         await self.gateway.create_tables()
         if new:
-            await self._fill(urls)
+            await self._fill()
 
-    async def _fill(self, urls: dict[str, str]) -> None:
+    async def _fill(self) -> None:
         if len(self.names) < BULK:
             await self.load()
         else:
-            await load_shardgate(self.gateway, urls, self.names, self.stage.history)
+            await load_shardgate(self.gateway, self.urls, self.names, self.stage.history)
 
     def session(self, name: Name) -> Session:
         return self.gateway.tenant(name.tenant).session(name.session)
 
     async def close(self) -> None:
         await self.gateway.aclose()
+
+
+class ThroughGatewaySingly(ThroughGateway):
+    """Each operation is a statement of its own, however many wait."""
+
+    key: ClassVar[str] = "gateway-singly"
+    title: ClassVar[str] = "shardgate, gateway, coalesce=false"
+    coalesce: ClassVar[bool] = False
 
 
 class StandAlone(Contestant):

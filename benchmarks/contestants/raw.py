@@ -25,6 +25,7 @@ from benchmarks.contestants.ours import DURABLE, ThroughGateway
 from benchmarks.servers import driver_url
 from shardgate.coalescing import MOST_TOGETHER
 from shardgate.engines import make_engine
+from shardgate.shards import SEATS
 from shardgate.sql.dialect import Append, Guard, Key, Operation, Outcome, TailRead
 from shardgate.sql.mysql import MySQL
 from shardgate.sql.postgresql import PostgreSQL
@@ -37,14 +38,6 @@ if TYPE_CHECKING:
     from shardgate import Gateway
 
 _PREFIX = "shardgate_"
-
-
-@dataclass(frozen=True, slots=True)
-class Spot:
-    """Where a session lives: its key and its guard."""
-
-    key: Key
-    guard: Guard
 
 
 class Shelf:
@@ -68,28 +61,49 @@ class Shelf:
                 self.connections.append(connection)
 
 
+@dataclass(frozen=True, slots=True)
+class Spot:
+    """Where a session lives: its key, its guard, and the connections that lead there."""
+
+    key: Key
+    guard: Guard
+    shelf: Shelf
+
+
 class Raw(Contestant):
-    """What both drivers share: the gateway's tables, and a shelf of connections."""
+    """What both drivers share: the gateway's tables, and a shelf of connections to each shard."""
 
     durability: ClassVar[str] = DURABLE
 
-    def __init__(self, stage: Stage) -> None:
+    def __init__(self, stage: Stage, *, shards: int = 1, servers: int = 1) -> None:
         super().__init__(stage)
-        self.shelf = Shelf()
+        self._shards = shards
+        self._servers = servers
+        self.shelves: dict[str, Shelf] = {}
         self.spots: dict[Name, Spot] = {}
 
     async def open(self) -> None:
-        gateway = ThroughGateway(self.stage)
+        gateway = ThroughGateway(self.stage, shards=self._shards, servers=self._servers)
         await gateway.open()  # makes and fills the tables, unless they are there
         try:
-            owner = await _owner(gateway.gateway)
-            self.spots = {name: _spot(gateway.gateway, name, owner) for name in self.names}
+            owners = await _owners(gateway.gateway)
+            self.shelves = {name: Shelf() for name in owners}
+            for name in self.names:
+                where = gateway.gateway.route(name.tenant, name.session)
+                key = Key(name.tenant, name.session, where.h)
+                guard = Guard(where.slot, owners[where.shard])
+                self.spots[name] = Spot(key, guard, self.shelves[where.shard])
         finally:
             await gateway.close()
-        url, _ = await self.stage.database("shardgate")
-        self.prepare(url)
-        for _ in range(self.connections):
-            self.shelf.add(await self.connect(url))
+        self.prepare(next(iter(gateway.urls.values())))
+        for shard, shelf in self.shelves.items():
+            for _ in range(max(1, self.connections // self._shards)):
+                shelf.add(await self.connect(gateway.urls[shard]))
+
+    async def close(self) -> None:
+        for shelf in self.shelves.values():
+            for connection in shelf.connections:
+                await self.end(connection)
 
     def prepare(self, url: str) -> None:
         """Write the statements."""
@@ -99,16 +113,19 @@ class Raw(Contestant):
         """A connection of the driver's own."""
         raise NotImplementedError
 
-
-async def _owner(gateway: Gateway) -> str:
-    (shard,) = gateway.shards.values()
-    async with shard.engine.connect() as connection:
-        return str(await connection.scalar(text(f"SELECT shard_uuid FROM {_PREFIX}shard")))  # noqa: S608 - a constant
+    async def end(self, connection: Any) -> None:
+        """Close it."""
+        raise NotImplementedError
 
 
-def _spot(gateway: Gateway, name: Name, owner: str) -> Spot:
-    where = gateway.route(name.tenant, name.session)
-    return Spot(Key(name.tenant, name.session, where.h), Guard(where.slot, owner))
+async def _owners(gateway: Gateway) -> dict[str, str]:
+    """The shards' UUIDs by name."""
+    owners = {}
+    for name, shard in gateway.shards.items():
+        async with shard.engine.connect() as connection:
+            uuid = await connection.scalar(text(f"SELECT shard_uuid FROM {_PREFIX}shard"))  # noqa: S608 - a constant
+            owners[name] = str(uuid)
+    return owners
 
 
 def _tables() -> Any:
@@ -128,12 +145,11 @@ class RawPostgreSQL(Raw):
     async def connect(self, url: str) -> Any:
         return await asyncpg.connect(driver_url(url))
 
+    async def end(self, connection: Any) -> None:
+        await connection.close()
+
     def session(self, name: Name) -> Session:
         return AsyncpgSession(self, self.spots[name])
-
-    async def close(self) -> None:
-        for connection in self.shelf.connections:
-            await connection.close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +162,7 @@ class AsyncpgSession:
     async def get_items(self, limit: int | None = None) -> list[Any]:
         key, guard = self.spot.key, self.spot.guard
         place = (key.tenant_id, key.session_id, guard.slot, guard.owner)
-        async with self.raw.shelf.one() as connection:
+        async with self.spot.shelf.one() as connection:
             rows = await connection.fetch(self.raw.tail_sql, *place, limit)
         return [json.loads(data) for _, seq, data in reversed(rows) if seq is not None]
 
@@ -155,7 +171,7 @@ class AsyncpgSession:
         place = (key.tenant_id, key.session_id, guard.slot, guard.owner, key.h)
         data = [json.dumps(item, separators=(",", ":")) for item in items]
         values = (uuid4().hex, None, secrets.randbits(63), data, list(map(len, data)))
-        async with self.raw.shelf.one() as connection:
+        async with self.spot.shelf.one() as connection:
             here, new = await connection.fetchrow(self.raw.append_sql, *place, *values)
         if not (here and new):
             raise LookupError("the guard refused a session that lives here")
@@ -164,8 +180,8 @@ class AsyncpgSession:
 class RawTogether(RawPostgreSQL):
     """asyncpg, with our statements for many operations: what is left to a gateway that gathers.
 
-    Two connections for reads and two for appends. Each that is free takes all who wait, as many as
-    we send together; nothing else is done for them.
+    As many connections for reads and for appends as we have seats. Each that is free takes all who
+    wait, as many as we send together; nothing else is done for them.
     """
 
     key: ClassVar[str] = "raw-together"
@@ -173,12 +189,13 @@ class RawTogether(RawPostgreSQL):
 
     def prepare(self, url: str) -> None:
         self.dialect = PostgreSQL(_tables(), make_engine(url, {}).dialect)
-        self.connections = 4
+        self.connections = 2 * SEATS
 
     async def open(self) -> None:
         await super().open()
-        self.reads = Crowd(self.dialect.tail_many, self.shelf.connections[:2])
-        self.appends = Crowd(self.dialect.append_many, self.shelf.connections[2:])
+        (shelf,) = self.shelves.values()
+        self.reads = Crowd(self.dialect.tail_many, shelf.connections[:SEATS])
+        self.appends = Crowd(self.dialect.append_many, shelf.connections[SEATS:])
 
     def session(self, name: Name) -> Session:
         return CrowdSession(self, self.spots[name])
@@ -252,12 +269,11 @@ class RawMariaDB(Raw):
             autocommit=True,
         )
 
+    async def end(self, connection: Any) -> None:
+        await connection.ensure_closed()
+
     def session(self, name: Name) -> Session:
         return AiomysqlSession(self, self.spots[name])
-
-    async def close(self) -> None:
-        for connection in self.shelf.connections:
-            await connection.ensure_closed()
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,7 +285,7 @@ class AiomysqlSession:
 
     async def get_items(self, limit: int | None = None) -> list[Any]:
         tail, spot = self.raw.dialect.tail, self.spot
-        async with self.raw.shelf.one() as connection:
+        async with self.spot.shelf.one() as connection:
             rows = await tail(connection, TailRead(spot.key, spot.guard, limit))
         return [json.loads(data) for data in reversed(rows or [])]
 
@@ -277,5 +293,5 @@ class AiomysqlSession:
         data = [json.dumps(item, separators=(",", ":")) for item in items]
         operation, incarnation = Operation(uuid4().hex, "append"), secrets.randbits(63)
         append = Append(self.spot.key, self.spot.guard, operation, data, incarnation)
-        async with self.raw.shelf.one() as connection:
+        async with self.spot.shelf.one() as connection:
             await self.raw.dialect.append(connection, append)

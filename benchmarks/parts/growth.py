@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from benchmarks.contestants.adk import ADK
 from benchmarks.contestants.base import Contestant, Stage
 from benchmarks.contestants.langgraph import LangGraph
-from benchmarks.contestants.ours import ThroughGateway
+from benchmarks.contestants.ours import ThroughGateway, ThroughGatewaySingly
 from benchmarks.contestants.raw import RawPostgreSQL
 from benchmarks.contestants.sdk import SDKSQLAlchemy, SDKSQLAlchemyKept
 from benchmarks.rounds import Cell, run_rounds
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 AGAINST_HISTORY = (ThroughGateway, RawPostgreSQL, SDKSQLAlchemyKept, ADK, LangGraph)
 AGAINST_SESSIONS = (ThroughGateway, RawPostgreSQL, SDKSQLAlchemy)
+OVER_SHARDS = (ThroughGateway, ThroughGatewaySingly, RawPostgreSQL)
 _ITEMS = 40_000
 """About how many items all histories have together, so that none grows much by the run itself."""
 _FEWEST = 8
@@ -75,7 +76,7 @@ async def _compare(
 
 
 async def against_shards(run: Run, servers: Servers) -> None:
-    """The gateway over so many databases; all its connections together are as many each time."""
+    """So many databases; all connections together are as many each time."""
     options = run.options
     async with AsyncExitStack() as stack:
         cells = []
@@ -83,8 +84,12 @@ async def against_shards(run: Run, servers: Servers) -> None:
             stage = Stage(
                 servers=servers, connections=options.connections, sessions=options.usual_sessions
             )
-            gateway = ThroughGateway(stage, shards=shards, servers=options.servers)
-            opened = run.opened("shards", [gateway], stage)
+            chosen = [
+                kind(stage, shards=shards, servers=options.servers)
+                for kind in OVER_SHARDS
+                if options.chosen(kind.key)
+            ]
+            opened = run.opened("shards", chosen, stage)
             cells += [
                 Cell(contestant=contestant, callers=callers, label=f"{shards}")
                 for contestant in await stack.enter_async_context(opened)

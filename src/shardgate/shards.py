@@ -809,6 +809,10 @@ class Mark:
     admission: Admission
     verdict: Quarantine | None
 
+    def is_of(self, admission: Admission) -> bool:
+        """Whether it was found out of such a connection: mostly it is the very one."""
+        return self.admission is admission or self.admission.is_same(admission)
+
 
 class Shard(Database):
     """A named database of a gateway: operations have a deadline, and errors name the shard.
@@ -970,11 +974,9 @@ class Shard(Database):
     def _is_verified(self, admission: Admission, info: dict[Any, Any], attempt: Attempt) -> bool:
         if self.verify is None or attempt.about_the_shard:
             return True
-        mark = info.get(self._mark)
-        if mark is None or not mark.admission.is_same(admission):
-            mark = self._condemned
-        if mark is not None and mark.admission.is_same(admission):
-            return self._abides_by(mark.verdict, attempt)
+        for mark in (info.get(self._mark), self._condemned):
+            if mark is not None and mark.is_of(admission):
+                return self._abides_by(mark.verdict, attempt)
         known = self._server is not None and admission.server.is_same(self._server)
         fits = admission.shard_uuid == self.uuid and admission.map_version >= self.map_version
         if known and fits:

@@ -334,31 +334,28 @@ class PostgreSQL(Dialect):
     async def append_many(self, connection: Any, appends: Sequence[Append]) -> list[Outcome | None]:
         if len({append.key for append in appends}) != len({append.key.h for append in appends}):
             raise ValueError("two sessions of the same hash cannot be in one statement")
-        jobs = [
-            (
-                *_place(append.key, append.guard),
-                append.key.h,
-                append.operation.op_id,
-                append.operation.fingerprint,
-                append.incarnation,
-                len(append.items),
-                sum(map(nbytes, append.items)),
-            )
-            for append in appends
-        ]
-        items = [
-            (number, place, item, nbytes(item))
-            for number, append in enumerate(appends, 1)
-            for place, item in enumerate(append.items, 1)
-        ]
+        # Column by column: a tuple for each append would be more to make, and to collect.
+        operations, contents = [append.operation for append in appends], [a.items for a in appends]
+        sizes = [[nbytes(item) for item in items] for items in contents]
         rows = await connection.fetch(
-            self.append_many_sql, *zip(*jobs, strict=True), *zip(*items, strict=True)
+            self.append_many_sql,
+            *_places(appends),
+            [append.key.h for append in appends],
+            [operation.op_id for operation in operations],
+            [operation.fingerprint for operation in operations],
+            [append.incarnation for append in appends],
+            [len(items) for items in contents],
+            [sum(size) for size in sizes],
+            [number for number, items in enumerate(contents, 1) for _ in items],
+            [place for items in contents for place in range(1, len(items) + 1)],
+            [item for items in contents for item in items],
+            [one for size in sizes for one in size],
         )
         return [None if here and not ready else _outcome((here, new)) for here, ready, new in rows]
 
     async def tail_many(self, connection: Any, reads: Sequence[TailRead]) -> list[list[str] | None]:
-        jobs = [(*_place(read.key, read.guard), read.limit) for read in reads]
-        rows = await connection.fetch(self.tail_many_sql, *zip(*jobs, strict=True))
+        limits = [read.limit for read in reads]
+        rows = await connection.fetch(self.tail_many_sql, *_places(reads), limits)
         return [data if here else None for here, data in rows]
 
     async def pop(
@@ -413,6 +410,17 @@ class PostgreSQL(Dialect):
 def _place(key: Key, guard: Guard | None) -> tuple[Any, ...]:
     slot, owner = (None, None) if guard is None else (guard.slot, guard.owner)
     return key.tenant_id, key.session_id, slot, owner
+
+
+def _places(loads: Sequence[Append] | Sequence[TailRead]) -> tuple[list[Any], ...]:
+    """As :func:`_place` of each of them: one list for each column."""
+    keys, guards = [load.key for load in loads], [load.guard for load in loads]
+    return (
+        [key.tenant_id for key in keys],
+        [key.session_id for key in keys],
+        [None if guard is None else guard.slot for guard in guards],
+        [None if guard is None else guard.owner for guard in guards],
+    )
 
 
 def _change(key: Key, guard: Guard | None, operation: Operation) -> tuple[Any, ...]:
