@@ -25,7 +25,7 @@ OVER_SHARDS = (ThroughGateway, ThroughGatewaySingly, RawPostgreSQL)
 _ITEMS = 40_000
 """About how many items all histories have together, so that none grows much by the run itself."""
 _FEWEST = 8
-_SHARD_CALLERS = (1, 32)
+_SHARD_CALLERS = (1, 32, 512)
 _STAGE_CONNECTIONS = 8
 """Stages of several sizes are open at the same time, and their callers are few."""
 

@@ -1,9 +1,10 @@
 """Operations that wait for a database are sent together.
 
-A lane has a few seats. Whoever finds all free goes at once, alone. While one is taken, what
-arrives waits in order, and each seat that becomes free takes as many along as may go together; a
-further one leaves as soon as enough wait to be worth a statement. So nothing is held back while the
-database is idle, and the more there is to do, the less each operation costs. What must keep its
+A lane has a few seats. Whoever finds hardly anybody under way goes at once, alone. Where a few
+are, all who come within one turn of the event loop go together. Where more are, what arrives waits
+in order, and each seat that becomes free takes as many along as may go together; a further one
+leaves as soon as enough wait to be worth a statement. So nothing is held back while the database
+has little to do, and the more there is to do, the less each operation costs. What must keep its
 order has a turn: it waits while another of the same turn is under way, free seats or not.
 
 A seat whose holder does not come back soon, be it that somebody has locked what it wants, is given
@@ -33,6 +34,10 @@ MOST_BYTES = 1 << 20
 more."""
 WORTH_A_SEAT = 16
 """So many have to wait, for each seat that is taken, for a further one to be."""
+VERY_FEW = 3
+"""While fewer operations are under way, whoever comes goes at once and alone."""
+FEW = 8
+"""While fewer operations are under way, those go who come within a turn of the event loop."""
 OVERDUE_SECONDS = 0.05
 """How long the holder of a seat keeps it from those who wait."""
 
@@ -156,27 +161,33 @@ class Lane(Generic[J, R]):
         self._loop = asyncio.get_running_loop()
         self._clock = self._loop.time
         self._seats = seats
-        self._taken: dict[Seat, None] = {}  # in the order of their times
+        self._taken: dict[Seat, int] = {}  # in the order of their times; how many each has
+        self._is_open = False  # somebody has come within this turn of the event loop
         self._turns: set[Hashable] = set()  # of what is under way
         self._waiting: deque[Ticket[J, R]] = deque()
         self._flights: set[asyncio.Task[None]] = set()
         self._watch: asyncio.TimerHandle | None = None
 
     def take_seat(self, load: J) -> Seat | None:
-        """Take a seat, if all are free, to go at once and alone; :meth:`give_back` returns it."""
-        if self._taken or load.turn in self._turns:
+        """Take a seat, while few are, to go at once and alone; :meth:`give_back` returns it."""
+        if self._waiting or load.turn in self._turns:
             return None
-        return self._seat([load])
+        return self._seat([load]) if self._has_room(VERY_FEW) else None
+
+    def _has_room(self, most: int) -> bool:
+        """Whether a seat is free, and fewer operations are under way."""
+        return len(self._taken) < self._seats and sum(self._taken.values()) < most
 
     def _may_depart(self) -> bool:
-        """Whether a seat is free, and enough wait to be worth another statement."""
-        enough = WORTH_A_SEAT * len(self._taken)
-        return len(self._waiting) >= enough and len(self._taken) < self._seats
+        """Whether a seat is free, and few are under way, or enough wait to be worth a statement."""
+        if len(self._waiting) >= WORTH_A_SEAT * len(self._taken):
+            return len(self._taken) < self._seats
+        return self._has_room(FEW)
 
     def _seat(self, loads: Sequence[J]) -> Seat:
         seat = Seat(self._clock())
         seat.turns = [load.turn for load in loads if load.turn is not None]
-        self._taken[seat] = None
+        self._taken[seat] = len(loads)
         self._turns.update(seat.turns)
         return seat
 
@@ -184,20 +195,25 @@ class Lane(Generic[J, R]):
         """Let those who wait have the seat, unless they have it already."""
         self._turns.difference_update(seat.turns)
         self._taken.pop(seat, None)
-        if self._waiting:
-            self._depart()
+        self._depart()
 
     def wait(self, ticket: Ticket[J, R]) -> None:
         """Wait in order; only after :meth:`take_seat` gave none."""
         self._waiting.append(ticket)
-        if ticket.load.turn not in self._turns and self._may_depart():
-            self._depart()
+        if not self._is_open:
+            self._is_open = True
+            self._loop.call_soon(self._close_turn)
         if self._watch is None:
             self._watch_seats()
 
+    def _close_turn(self) -> None:
+        """All who came within this turn of the event loop are there."""
+        self._is_open = False
+        self._depart()
+
     def _depart(self) -> None:
         """Send those who wait, as many at a time as may go together, as far as there are seats."""
-        while self._may_depart() and (together := self._gather()):
+        while self._waiting and self._may_depart() and (together := self._gather()):
             seat = self._seat([ticket.load for ticket in together])
             # In a context of its own: it is nothing of the request's that happens to start it.
             task = self._loop.create_task(together[0].send(self, together), context=Context())

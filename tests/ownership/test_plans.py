@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -144,7 +143,7 @@ async def gathered_statements(shard: Shard, place: Place) -> list[tuple[str, tup
     recorder, dialect = Recorder(), shard.dialect
     appends, reads = [], []
     for number in range(MOST_TOGETHER):
-        key = place.key if number == 0 else replace(place.key, session_id=f"s{number}", h=number)
+        key = place.key if number == 0 else place.key._replace(session_id=f"s{number}", h=number)
         operation = Operation(f"new append {number}", "append")
         appends.append(Append(key, place.guard, operation, ['{"n": 2}'] * 2, 7))
         reads.append(TailRead(key, place.guard, 20))

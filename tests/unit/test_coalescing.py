@@ -79,6 +79,13 @@ async def lane() -> Lane[Load, str]:
     return Lane(seats=1)
 
 
+@pytest.fixture(autouse=True)
+def no_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While one is under way, the others wait, however few they are."""
+    monkeypatch.setattr(coalescing, "VERY_FEW", 1)
+    monkeypatch.setattr(coalescing, "FEW", 0)
+
+
 async def turn() -> None:
     """Let everything that can go on do so."""
     for _ in range(5):
@@ -298,7 +305,9 @@ async def test_a_second_seat_is_taken_when_enough_wait(
     chats.waits("b1", "c1")
     await turn()
     assert sender.sent == []
-    chats.waits("d1", "e1", "f1", "g1")
+    chats.waits("d1")
+    await turn()
+    chats.waits("e1", "f1", "g1")
     await turn()
     assert sender.sent == [["b1", "c1", "d1"]], "for a third one twice as many have to wait"
     chats.lane.give_back(first)
@@ -307,6 +316,70 @@ async def test_a_second_seat_is_taken_when_enough_wait(
     sender.arrive.set()
     await turn()
     assert all_free(chats.lane)
+
+
+async def test_very_few_go_at_once_and_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(coalescing, "VERY_FEW", 2)
+    lane: Lane[Load, str] = Lane(seats=3)
+    first = lane.take_seat(Load("a", turn="chat"))
+    assert first is not None
+    assert lane.take_seat(Load("b", turn="chat")) is None, "it has to keep its order"
+    assert lane.take_seat(Load("c")) is not None
+    assert lane.take_seat(Load("d")) is None
+    lane.give_back(first)
+    assert lane.take_seat(Load("d")) is not None
+
+
+async def test_nobody_overtakes_those_who_wait(
+    sender: Sender, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(coalescing, "VERY_FEW", 9)
+    chats = Chats(sender)
+    held = chats.goes("a1")
+    assert held is not None
+    chats.waits("a2")
+    assert chats.goes("b1") is None
+    sender.arrive.set()
+    chats.lane.give_back(held)
+    await turn()
+    assert sender.sent == [["a2"]]
+
+
+async def test_while_few_are_under_way_those_who_come_together_go_together(
+    sender: Sender, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(coalescing, "FEW", 4)
+    lane: Lane[Load, str] = Lane(seats=3)
+    assert lane.take_seat(Load("first")) is not None
+    queue(lane, sender, "a", "b")
+    assert sender.sent == []
+    await turn()
+    assert sender.sent == [["a", "b"]]
+    queue(lane, sender, "c", "d")
+    await turn()
+    assert sender.sent == [["a", "b"], ["c", "d"]]
+    queue(lane, sender, "e")
+    await turn()
+    assert len(sender.sent) == 2, "there is no seat"
+    sender.arrive.set()
+    await turn()
+    assert sender.sent[2:] == [["e"]]
+
+
+async def test_where_more_are_under_way_the_others_wait(
+    sender: Sender, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(coalescing, "FEW", 3)
+    lane: Lane[Load, str] = Lane(seats=3)
+    assert lane.take_seat(Load("first")) is not None
+    queue(lane, sender, "a", "b")
+    await turn()
+    queue(lane, sender, "c")
+    await turn()
+    assert sender.sent == [["a", "b"]]
+    sender.arrive.set()
+    await turn()
+    assert sender.sent[1:] == [["c"]]
 
 
 async def test_each_further_seat_is_taken_when_more_wait(
@@ -331,7 +404,9 @@ async def test_those_whose_turn_it_is_not_stay_behind_in_their_order(
     chats = Chats(sender)
     first = chats.goes("a1")
     assert first is not None
-    chats.waits("a2", "b1", "c1", "b2", "a3", "c2")
+    chats.waits("a2", "b1", "c1")
+    await turn()
+    chats.waits("b2", "a3", "c2")
     await turn()
     assert sender.sent == [["b1", "c1"]], "the others have to wait for a1, b1 and c1"
     chats.lane.give_back(first)
@@ -367,13 +442,16 @@ async def test_a_seat_given_away_keeps_its_turn(
 @given(
     seats=st.integers(1, 3),
     worth=st.integers(1, 4),
+    few=st.tuples(st.integers(1, 3), st.integers(0, 6)),
     arrivals=st.lists(st.tuples(st.sampled_from("abcd"), st.integers(0, 3)), max_size=40),
 )
 @settings(deadline=None)
 def test_whatever_comes_a_chats_appends_are_sent_in_order_and_one_after_the_other(
-    seats: int, worth: int, arrivals: list[tuple[str, int]]
+    seats: int, worth: int, few: tuple[int, int], arrivals: list[tuple[str, int]]
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
+        for name, value in zip(("VERY_FEW", "FEW"), few, strict=True):
+            patch.setattr(coalescing, name, value)
         patch.setattr(coalescing, "WORTH_A_SEAT", worth)
         asyncio.run(_in_order(seats, arrivals))
 
