@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
-from functools import partial
 from typing import Any
 
 from pydantic_core import from_json
@@ -22,7 +21,6 @@ MAX_DEPTH = 500
 
 _DIGITS = 4000
 _LEAVES = (str, int, float, type(None))
-_read = partial(from_json, cache_strings="keys")  # what users say is not to be kept
 _to_ascii = json.JSONEncoder(separators=(",", ":")).encode
 _to_text = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False).encode
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -49,7 +47,7 @@ def decode(text: str) -> Any:
     values (decision 18); what it refuses, such as lone surrogates, is for the other one.
     """
     try:
-        return _read(text)
+        return from_json(text, cache_strings="keys")  # what users say is not to be kept
     except ValueError:
         return _decode_slowly(text)
 
