@@ -254,7 +254,7 @@ class Lane(Generic[J, R]):
         """Look after those who wait when the oldest seat becomes overdue."""
         oldest = next(iter(self._taken), None)
         since = self._clock() if oldest is None else oldest.since
-        self._watch = self._loop.call_at(since + OVERDUE_SECONDS, self._look)
+        self._watch = self._loop.call_at(since + OVERDUE_SECONDS, self._look, context=Context())
 
     def _look(self) -> None:
         self._watch = None

@@ -36,10 +36,10 @@ _BUSY_MILLISECONDS = 5000
 
 
 class LoopState:
-    """What an event loop has of an engine: its locks, its lanes, by name."""
+    """What an event loop has of an engine: its locks, its lanes, by name. It does not refer to the
+    loop, which may go before the engine does."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self.loop = loop
+    def __init__(self) -> None:
         self._own: dict[Hashable, Any] = {}
 
     def own(self, name: Hashable, make: Callable[[], T]) -> T:
@@ -73,8 +73,8 @@ class EngineState:
         state = self._of_loops.get(loop)
         if state is None:
             for closed in [one for one in self._of_loops if one.is_closed()]:
-                del self._of_loops[closed]  # what is its own holds it
-            state = self._of_loops.setdefault(loop, LoopState(loop))
+                del self._of_loops[closed]  # a lock that was waited for holds its loop
+            state = self._of_loops.setdefault(loop, LoopState())
         return state
 
     def dialect(self, engine: AsyncEngine, tables: Tables) -> Dialect:

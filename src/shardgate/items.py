@@ -48,7 +48,7 @@ def decode(text: str) -> Any:
     """
     try:
         return from_json(text, cache_strings="keys")  # what users say is not to be kept
-    except ValueError:
+    except (ValueError, TypeError):  # a lone surrogate, unescaped, is a TypeError
         return _decode_slowly(text)
 
 

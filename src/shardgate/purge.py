@@ -86,13 +86,13 @@ class Purge:
 
 
 def purge_of(database: Database) -> Purge:
-    """The running event loop's on this database's engine."""
+    """That of the event loop that uses this database."""
     return database.here.own("purge", Purge)
 
 
 async def end_purge(database: Database) -> None:
-    """End what is being removed on this database's engine, before the engine is closed."""
-    await purge_of(database).end()
+    """End what the running event loop removes on this database's engine, before it is closed."""
+    await database.state.of_loop().own("purge", Purge).end()
 
 
 async def purge_all(store: Store) -> int:

@@ -4,11 +4,11 @@ several operations, although one of them has failed."""
 from __future__ import annotations
 
 import asyncio
+from contextvars import Context
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, cast
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable
-    from contextvars import Context
 
 T = TypeVar("T")
 
@@ -66,18 +66,23 @@ class Deadlines:
         """See to one that began then, by the event loop's clock."""
         end = self._ends[one] = began + self.seconds
         if self._timer is None:
-            self._timer = self._loop.call_at(end, self._look)
+            self._look_at(end)
 
     def remove(self, one: Underway[Any]) -> None:
         """It has come to its end."""
         self._ends.pop(one, None)
 
-    def _look(self) -> None:
-        self._timer = None
-        now, late = self._loop.time(), []
+    def _look_at(self, end: float) -> None:
+        # In a context of its own: it would keep the request's that happens to start it.
+        self._timer = self._loop.call_at(end, self._look, end, context=Context())
+
+    def _look(self, now: float) -> None:
+        """End those whose time was up when this was due, and not whose has come since: the event
+        loop may have been held up, and the answers may be there, unread."""
+        self._timer, late = None, []
         for one, end in self._ends.items():
             if end > now:
-                self._timer = self._loop.call_at(end, self._look)
+                self._look_at(end)
                 break
             late.append(one)
         for one in late:

@@ -210,7 +210,7 @@ class _Ticket(Ticket[Any, Any]):
     __slots__ = ("_attempt", "_database")
 
     def __init__(self, attempt: Attempt, database: Database) -> None:
-        super().__init__(attempt.act, database.here.loop)
+        super().__init__(attempt.act, database.loop)
         self._attempt = attempt
         self._database = database
 
@@ -298,12 +298,20 @@ class Database:
         self.tables = tables
         self.state = state_of(engine)
         self.dialect = self.state.dialect(engine, tables)
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._here: LoopState | None = None
         self._deadlines: Deadlines | None = None
 
     @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        """The event loop that uses this; it is one."""
+        if self._loop is None:
+            self._loop = asyncio.get_running_loop()
+        return self._loop
+
+    @property
     def here(self) -> LoopState:
-        """What the event loop that uses this has of the engine; it is one loop."""
+        """What this event loop has of the engine."""
         if self._here is None:
             self._here = self.state.of_loop()
         return self._here
@@ -312,7 +320,7 @@ class Database:
         return Attempt(self._now(), act, **more)
 
     def _now(self) -> float:
-        return self.here.loop.time()
+        return self.loop.time()
 
     def read(self, action: Callable[[Any], Awaitable[T]]) -> Coroutine[Any, Any, T]:
         """Run ``action`` on a driver's connection; it must not change anything."""

@@ -137,6 +137,10 @@ def test_texts_are_read_as_the_standard_library_reads_them(text: str) -> None:
     assert read(decode) == read(json.loads)
 
 
+def test_lone_surrogates_are_read_escaped_or_not() -> None:
+    assert decode('"\ud800"') == decode('"\\ud800"') == "\ud800"
+
+
 @pytest.mark.parametrize("digits", [19, 20, 4300, 4301, 9000])
 @pytest.mark.parametrize("sign", ["", "-"])
 def test_integers_of_any_length_are_read(digits: int, sign: str) -> None:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import gc
+import socket
+import time
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -343,3 +347,44 @@ async def test_what_has_ended_is_not_kept_for_its_deadline() -> None:
             operation.run(), Held(sent=True), grace=FOREVER, deadlines=deadlines, began=began
         )
     assert not deadlines._ends
+
+
+async def test_an_answer_that_has_come_while_the_event_loop_was_held_up_counts() -> None:
+    loop = asyncio.get_running_loop()
+    deadlines, (ours, theirs) = Deadlines(0.05), socket.socketpair()
+    ours.setblocking(False)
+
+    async def under_way(operation: Coroutine[Any, Any, Any]) -> Any:
+        began = loop.time()
+        return await Underway(operation, Held(), grace=FOREVER, deadlines=deadlines, began=began)
+
+    def hold_up() -> None:
+        theirs.send(b"answer")
+        time.sleep(0.1)
+
+    with ours, theirs:
+        set_for = loop.time() + 0.05
+        await under_way(asyncio.sleep(0))  # for this one the timer is set
+        await asyncio.sleep(0.03)
+        answer = asyncio.create_task(under_way(loop.sock_recv(ours, 9)))
+        await asyncio.sleep(0.01)
+        loop.call_at(set_for - 0.001, hold_up)
+        time.sleep(0.02)  # noqa: ASYNC251 - so that both come due in one turn
+        assert await answer == b"answer"
+
+
+async def test_a_deadline_keeps_nothing_of_the_request_that_set_it() -> None:
+    said: contextvars.ContextVar[Any] = contextvars.ContextVar("said")
+    deadlines, loop = Deadlines(FOREVER), asyncio.get_running_loop()
+
+    async def ask() -> weakref.ref[Operation]:
+        value = Operation()
+        said.set(value)
+        began = loop.time()
+        await Underway(asyncio.sleep(0), Held(), grace=FOREVER, deadlines=deadlines, began=began)
+        return weakref.ref(value)
+
+    kept = await asyncio.create_task(ask())
+    await asyncio.sleep(0)
+    gc.collect()
+    assert kept() is None
