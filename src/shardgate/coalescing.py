@@ -34,7 +34,7 @@ MOST_BYTES = 1 << 20
 more."""
 WORTH_A_SEAT = 16
 """So many have to wait, for each seat that is taken, for a further one to be."""
-VERY_FEW = 3
+VERY_FEW = 2
 """While fewer operations are under way, whoever comes goes at once and alone."""
 FEW = 8
 """While fewer operations are under way, those go who come within a turn of the event loop."""
