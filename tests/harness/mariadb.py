@@ -95,6 +95,7 @@ class MariaDBServer(LocalServer):
                 self._installer,
                 "--no-defaults",
                 f"--datadir={self._data}",
+                f"--tmpdir={self._folder}",
                 "--skip-test-db",
                 "--skip-name-resolve",
                 "--auth-root-authentication-method=socket",
@@ -113,6 +114,8 @@ class MariaDBServer(LocalServer):
             self._server,
             "--no-defaults",
             f"--datadir={self._data}",
+            # Of its own: a server that starts removes the temporary tables that it finds.
+            f"--tmpdir={self._folder}",
             f"--init-file={self._folder / 'init.sql'}",
             f"--bind-address={HOST}",
             f"--port={self.port}",
