@@ -39,7 +39,7 @@ soak: $(VENV)/.stamp  ## the long tests only
 test-oldest: $(OLDEST)/.stamp  ## the SDK tests on the oldest openai-agents that we support
 	$(OLDEST)/bin/python -m pytest tests/agents -k sqlite
 
-bench: $(BENCH)/.stamp  ## beside every peer, in 14 minutes; ARGS=--quick in three
+bench: $(BENCH)/.stamp  ## beside every peer, in 16 minutes; ARGS=--quick in three
 	PYTHONPATH=tests $(BENCH)/bin/python -m benchmarks $(ARGS)
 
 clean:
