@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets
+from abc import abstractmethod
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -105,17 +106,17 @@ class Raw(Contestant):
             for connection in shelf.connections:
                 await self.end(connection)
 
+    @abstractmethod
     def prepare(self, url: str) -> None:
         """Write the statements."""
-        raise NotImplementedError
 
+    @abstractmethod
     async def connect(self, url: str) -> Any:
         """A connection of the driver's own."""
-        raise NotImplementedError
 
+    @abstractmethod
     async def end(self, connection: Any) -> None:
         """Close it."""
-        raise NotImplementedError
 
 
 async def _owners(gateway: Gateway) -> dict[str, str]:

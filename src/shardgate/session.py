@@ -158,7 +158,7 @@ class StoredSession(SessionBase):
         if not data:
             return
         operation = _append_operation(idempotency_key, data)
-        try:
+        try:  # as _change does, without one coroutine more to keep while it waits
             await self._perform(Store.append, operation, data)
         except OutcomeUnknown as error:
             error.op_id = operation.op_id

@@ -156,9 +156,9 @@ async def test_a_timeout_around_it_is_a_timeout(settle: Settle) -> None:
 class Held:
     """An operation in place, of which a cancellation waits for the end once it is ``sent``."""
 
-    def __init__(self, *, sent: bool = False, seconds: float | None = None) -> None:
+    def __init__(self, *, sent: bool = False, deadlines: Deadlines | None = None) -> None:
         self.sent = sent
-        self._seconds = seconds
+        self._deadlines = deadlines
 
     def has_to_end(self) -> bool:
         return self.sent
@@ -168,7 +168,7 @@ class Held:
             operation,
             self,
             grace=grace,
-            deadlines=None if self._seconds is None else Deadlines(self._seconds),
+            deadlines=self._deadlines,
             began=asyncio.get_running_loop().time(),
         )
 
@@ -203,7 +203,7 @@ async def test_before_it_is_sent_it_may_have_timeouts_of_its_own() -> None:
 
 @pytest.mark.parametrize("sent", [False, True])
 async def test_at_its_deadline_it_is_cancelled(sent: bool) -> None:
-    operation, held = Operation(), Held(seconds=0.01)
+    operation, held = Operation(), Held(deadlines=Deadlines(0.01))
     held.sent = sent
     with pytest.raises(TimeoutError):
         await held.run(operation.run())
@@ -212,7 +212,7 @@ async def test_at_its_deadline_it_is_cancelled(sent: bool) -> None:
 
 @pytest.mark.parametrize("sent", [False, True])
 async def test_a_caller_who_is_cancelled_is_cancelled_whatever_the_deadline(sent: bool) -> None:
-    operation, held = Operation(), Held(seconds=0.01)
+    operation, held = Operation(), Held(deadlines=Deadlines(0.01))
     held.sent = sent
     caller = asyncio.ensure_future(held.run(operation.run()))
     await operation.started.wait()
@@ -226,7 +226,7 @@ async def test_a_deadline_that_has_passed_ends_nothing_that_is_done() -> None:
     async def run() -> str:
         return "result"
 
-    assert await Held(seconds=-1).run(run()) == "result"
+    assert await Held(deadlines=Deadlines(-1)).run(run()) == "result"
 
 
 @pytest.mark.parametrize("sent", [False, True])
@@ -305,7 +305,7 @@ async def test_a_caller_that_is_closed_closes_it() -> None:
         finally:
             ended.append("closed")
 
-    caller = Held(seconds=FOREVER).run(run())
+    caller = Held(deadlines=Deadlines(FOREVER)).run(run())
     caller.send(None)
     caller.close()
     assert ended == ["closed"]
@@ -317,13 +317,7 @@ async def test_one_timer_ends_everybody_at_their_own_time() -> None:
 
     async def wait(name: str) -> None:
         with pytest.raises(TimeoutError):
-            await Underway(
-                asyncio.Event().wait(),
-                Held(sent=True),
-                grace=FOREVER,
-                deadlines=deadlines,
-                began=loop.time(),
-            )
+            await Held(sent=True, deadlines=deadlines).run(asyncio.Event().wait())
         ended.append((name, loop.time()))
 
     began, waiting = [], []
@@ -342,10 +336,7 @@ async def test_what_has_ended_is_not_kept_for_its_deadline() -> None:
     for _ in range(3):
         operation = Operation()
         operation.go.set()
-        began = asyncio.get_running_loop().time()
-        await Underway(
-            operation.run(), Held(sent=True), grace=FOREVER, deadlines=deadlines, began=began
-        )
+        await Held(sent=True, deadlines=deadlines).run(operation.run())
     assert not deadlines._ends
 
 
@@ -353,10 +344,7 @@ async def test_an_answer_that_has_come_while_the_event_loop_was_held_up_counts()
     loop = asyncio.get_running_loop()
     deadlines, (ours, theirs) = Deadlines(0.05), socket.socketpair()
     ours.setblocking(False)
-
-    async def under_way(operation: Coroutine[Any, Any, Any]) -> Any:
-        began = loop.time()
-        return await Underway(operation, Held(), grace=FOREVER, deadlines=deadlines, began=began)
+    held = Held(deadlines=deadlines)
 
     def hold_up() -> None:
         theirs.send(b"answer")
@@ -364,9 +352,9 @@ async def test_an_answer_that_has_come_while_the_event_loop_was_held_up_counts()
 
     with ours, theirs:
         set_for = loop.time() + 0.05
-        await under_way(asyncio.sleep(0))  # for this one the timer is set
+        await held.run(asyncio.sleep(0))  # for this one the timer is set
         await asyncio.sleep(0.03)
-        answer = asyncio.create_task(under_way(loop.sock_recv(ours, 9)))
+        answer = asyncio.create_task(held.run(loop.sock_recv(ours, 9)))
         await asyncio.sleep(0.01)
         loop.call_at(set_for - 0.001, hold_up)
         time.sleep(0.02)  # noqa: ASYNC251 - so that both come due in one turn
@@ -375,13 +363,12 @@ async def test_an_answer_that_has_come_while_the_event_loop_was_held_up_counts()
 
 async def test_a_deadline_keeps_nothing_of_the_request_that_set_it() -> None:
     said: contextvars.ContextVar[Any] = contextvars.ContextVar("said")
-    deadlines, loop = Deadlines(FOREVER), asyncio.get_running_loop()
+    deadlines = Deadlines(FOREVER)
 
     async def ask() -> weakref.ref[Operation]:
         value = Operation()
         said.set(value)
-        began = loop.time()
-        await Underway(asyncio.sleep(0), Held(), grace=FOREVER, deadlines=deadlines, began=began)
+        await Held(deadlines=deadlines).run(asyncio.sleep(0))
         return weakref.ref(value)
 
     kept = await asyncio.create_task(ask())
