@@ -72,18 +72,18 @@ J = TypeVar("J", bound=Load)
 R = TypeVar("R")
 
 
-class Ticket(ABC, Generic[J, R]):
-    """An operation that waits to be sent together with others.
+class Ticket(asyncio.Future["R | Alone"], ABC, Generic[J, R]):
+    """An operation that waits to be sent together with others: to be awaited for its outcome.
 
-    Whoever waits for the outcome and gives up says so (``leave``). A ticket whose outcome has been
-    cancelled is not sent any more.
+    Whoever waits for it and gives up says so (``leave``). One that was cancelled is not sent any
+    more.
     """
 
-    __slots__ = ("flight", "load", "outcome")
+    __slots__ = ("flight", "load")
 
-    def __init__(self, load: J, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, load: J, *, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__(loop=loop)
         self.load = load
-        self.outcome: asyncio.Future[R | Alone] = loop.create_future()
         self.flight: Flight | None = None
 
     @abstractmethod
@@ -97,7 +97,7 @@ class Ticket(ABC, Generic[J, R]):
     @property
     def waits(self) -> bool:
         """Whether anybody still wants the outcome, and has none."""
-        return not self.outcome.done()
+        return not self.done()
 
     def leave(self) -> None:
         """Nobody waits for the outcome any more."""
@@ -107,13 +107,13 @@ class Ticket(ABC, Generic[J, R]):
     def give(self, outcome: R | Alone) -> None:
         """Tell the outcome, if anybody still wants it."""
         if self.waits:
-            self.outcome.set_result(outcome)
+            self.set_result(outcome)
 
     def fail(self, error: Exception) -> None:
         """Tell that there is none, if anybody still wants it."""
         if self.waits:
-            self.outcome.set_exception(error)
-            self.outcome.exception()  # retrieved, in case that the caller is cancelled just now
+            self.set_exception(error)
+            self.exception()  # retrieved, in case that the caller is cancelled just now
 
 
 class Flight:
@@ -135,7 +135,8 @@ class Flight:
     def land(self, error: Exception) -> None:
         """It is over. For those without an outcome there was this error."""
         for ticket in self._together:
-            ticket.fail(error)
+            if not ticket.done():  # most have theirs
+                ticket.fail(error)
         self._task, self._together = None, ()  # else it and its tickets would refer to each other
 
 
@@ -186,7 +187,7 @@ class Lane(Generic[J, R]):
 
     def _seat(self, loads: Sequence[J]) -> Seat:
         seat = Seat(self._clock())
-        seat.turns = [load.turn for load in loads if load.turn is not None]
+        seat.turns = [turn for load in loads if (turn := load.turn) is not None]
         self._taken[seat] = len(loads)
         self._turns.update(seat.turns)
         return seat
@@ -236,16 +237,18 @@ class Lane(Generic[J, R]):
         identities: set[Hashable] = set()
         weight = 0
         while self._waiting and len(together) < MOST_TOGETHER:
-            ticket, load = self._waiting[0], self._waiting[0].load
-            if ticket.waits and load.turn in self._turns:
-                behind.append(ticket)
-            elif ticket.waits:
-                weight += load.weight + self.answer_bytes
-                identity = load.identity
-                if together and (weight > MOST_BYTES or identity in identities):
-                    break
-                together.append(ticket)
-                identities.add(identity)
+            ticket = self._waiting[0]
+            if ticket.waits:
+                load = ticket.load
+                if load.turn in self._turns:
+                    behind.append(ticket)
+                else:
+                    weight += load.weight + self.answer_bytes
+                    identity = load.identity
+                    if together and (weight > MOST_BYTES or identity in identities):
+                        break
+                    together.append(ticket)
+                    identities.add(identity)
             self._waiting.popleft()
         self._waiting.extendleft(reversed(behind))
         return together

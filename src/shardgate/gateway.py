@@ -367,7 +367,8 @@ class Tenant:
         return GatewaySession(
             self.tenant_id,
             session_id,
-            perform=partial(self._gateway._perform, self.keyspace),
+            gateway=self._gateway,
+            keyspace=self.keyspace,
             session_settings=session_settings,
             ensure_ascii=ensure_ascii,
         )

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from pydantic_core import from_json
+from pydantic_core import from_json, to_json
 
 from shardgate.errors import UsageError
 
@@ -21,18 +21,32 @@ MAX_DEPTH = 500
 
 _DIGITS = 4000
 _LEAVES = (str, int, float, type(None))
+_PLAIN = frozenset({str, bool, type(None)})
+_INT64 = range(-(2**63), 2**63)
 _to_ascii = json.JSONEncoder(separators=(",", ":")).encode
 _to_text = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False).encode
+_DELETE = b"\x7f"
+"""ASCII, but the standard library escapes it."""
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def encode(item: object, *, ensure_ascii: bool = True) -> str:
     """``item`` as JSON text.
 
+    pydantic's encoder takes a quarter of the time of the standard library's, and writes the same
+    text (decision 18) of what is plain and ASCII; the rest is for the other one.
+
     Raises:
         UsageError: it is not JSON; names the place.
     """
-    _check(item)
+    if _is_plain(item):
+        try:
+            written = to_json(item)
+        except ValueError:  # a lone surrogate, or deeper than pydantic goes
+            pass
+        else:
+            if written.isascii() and _DELETE not in written:
+                return written.decode()
     try:
         text = (_to_ascii if ensure_ascii else _to_text)(item)
     except ValueError as error:  # an integer of more digits than the interpreter converts
@@ -101,29 +115,45 @@ def _escaped(match: re.Match[str]) -> str:
     return f"\\u{ord(match.group()):04x}"
 
 
-def _check(item: object) -> None:
-    """Walk without recursion, so that depth is a number here and not a crash."""
+def _is_plain(item: object) -> bool:
+    """Whether it is made of plain types, without floats and long integers.
+
+    A walk without recursion, so that depth is a number here and not a crash.
+
+    Raises:
+        UsageError: it is not JSON.
+    """
     if type(item) is dict:
         for key, text in item.items():
             if type(key) is not str or type(text) is not str:
                 break
         else:
-            return  # as most are
-    stack: list[tuple[object, int]] = [(item, 0)]
+            return True  # as most are
+    plain = True
+    stack: list[tuple[Iterable[object], int]] = [((item,), 0)]
     while stack:
-        value, depth = stack.pop()
-        if isinstance(value, _LEAVES):
-            continue
-        if depth >= MAX_DEPTH:
-            raise UsageError(f"the item is nested more than {MAX_DEPTH} levels deep")
-        if isinstance(value, dict):
-            if not all(isinstance(key, str) for key in value):
+        values, depth = stack.pop()
+        for value in values:
+            kind = type(value)
+            if kind in _PLAIN or (kind is int and value in _INT64):
+                continue
+            if isinstance(value, dict):
+                keys = set(map(type, value))
+                plain &= kind is dict and keys <= {str}
+                if not all(issubclass(key, str) for key in keys):
+                    raise _refusal(item)
+                stack.append((value.values(), depth + 1))
+            elif isinstance(value, list | tuple):
+                plain &= kind is list
+                stack.append((value, depth + 1))
+            elif isinstance(value, _LEAVES):
+                plain = False
+                continue
+            else:
                 raise _refusal(item)
-            stack += [(child, depth + 1) for child in value.values()]
-        elif isinstance(value, list | tuple):
-            stack += [(child, depth + 1) for child in value]
-        else:
-            raise _refusal(item)
+            if depth >= MAX_DEPTH:
+                raise UsageError(f"the item is nested more than {MAX_DEPTH} levels deep")
+    return plain
 
 
 def _refusal(item: object) -> UsageError:

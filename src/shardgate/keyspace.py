@@ -17,6 +17,7 @@ import logging
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
+from time import monotonic
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 from shardgate import shards as shards_module
@@ -160,12 +161,11 @@ class Keyspace:
             TenantRefused: the tenant is not admitted there.
         """
         before = UNANSWERED.get()
-        clock = asyncio.get_running_loop().time
-        give_up = clock() + self._deadline
+        give_up = monotonic() + self._deadline
         refusals: tuple[tuple[str, int], ...] = ()
         try:
             while True:
-                known = await self.known()
+                known = self.map or await self._read()
                 slot, h = locate(known, tenant_id, session_id)
                 name = known.owners[slot]
                 if name not in self.shards:
@@ -177,14 +177,14 @@ class Keyspace:
                 except RefusedError:
                     where = route(known, tenant_id, session_id)
                     refusals += ((name, where.epoch),)
-                    if clock() > give_up:
+                    if monotonic() > give_up:
                         raise self._not_found(where, refusals) from None
                 except ShardQuarantined:
                     # The inquiry that found it out has also told where the session lives by now.
                     if (await self.known()).owners[slot] == name:
                         raise
                     continue
-                await self._learn(known, where, tenant_id, seconds=give_up - clock())
+                await self._learn(known, where, tenant_id, seconds=give_up - monotonic())
         except ShardgateError as error:
             unanswered = UNANSWERED.get()
             if unanswered is None or unanswered is before or isinstance(error, OutcomeUnknown):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
 from secrets import token_hex
-from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar
 
 from shardgate.engines import close_shared_engine, shared_engine
 from shardgate.errors import OutcomeUnknown, UsageError
@@ -23,7 +23,7 @@ from shardgate.slots import check_session_id, hash_key, to_signed
 from shardgate.sql.dialect import Key, Operation
 from shardgate.sql.schema import STANDALONE_TENANT, TableNames, build_tables
 from shardgate.sql.transactions import UndecodableError
-from shardgate.store import Codec, Place, Store
+from shardgate.store import JSON, Codec, Place, Store
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -105,9 +105,10 @@ class StoredSession(SessionBase):
 
     @property
     def _codec(self) -> Codec:
-        """Made for each call: kept, it would be a cycle, and handles are to go at once."""
+        """One of its own is made for each call: kept, it would be a cycle, and handles are to go at
+        once."""
         own = type(self)._deserialize_item is StoredSession._deserialize_item
-        return Codec(decode=self._deserialize_item, is_json=own)
+        return JSON if own else Codec(decode=self._deserialize_item, is_json=False)
 
     async def _serialize_item(self, item: TResponseInputItem) -> str:
         """The text to store for an item. May be overridden, together with its counterpart."""
@@ -154,7 +155,7 @@ class StoredSession(SessionBase):
             UsageError: an item is not JSON, or the key was used for other items, or was settled as
                 not landed; nothing was written.
         """
-        data = [await self._text(item) for item in check_items(items)]
+        data = await self._texts(check_items(items))
         if not data:
             return
         operation = _append_operation(idempotency_key, data)
@@ -207,7 +208,7 @@ class StoredSession(SessionBase):
             return prune_prefix is not None and prune_prefix(await codec.item(data))
 
         async def replace_suffix(start: int, output: list[TResponseInputItem]) -> bool:
-            data = [await self._text(item) for item in output]
+            data = await self._texts(output)
             return await self._change(
                 Store.replace,
                 _operation("replace"),
@@ -221,7 +222,7 @@ class StoredSession(SessionBase):
 
     async def _atomic_replace_items(self, items: list[TResponseInputItem]) -> bool:
         """The hook by which the SDK's manual compaction replaces the whole history at once."""
-        data = [await self._text(item) for item in check_items(items)]
+        data = await self._texts(check_items(items))
         return await self._change(Store.replace_all, _operation("replace"), data)
 
     async def _delete(self) -> bool:
@@ -252,10 +253,11 @@ class StoredSession(SessionBase):
                 items, first = [], number + 1
         return items, first
 
-    async def _text(self, item: TResponseInputItem) -> str:
-        text = await self._serialize_item(item)
-        plain = type(self)._serialize_item is StoredSession._serialize_item
-        return text if plain else check_text(text)
+    async def _texts(self, items: list[TResponseInputItem]) -> list[str]:
+        """What is to be stored for each item."""
+        if type(self)._serialize_item is StoredSession._serialize_item:
+            return [encode(item, ensure_ascii=self._ensure_ascii) for item in items]
+        return [check_text(await self._serialize_item(item)) for item in items]
 
     def _default_limit(self) -> int | None:
         settings = self._session_settings
@@ -272,6 +274,20 @@ class SessionKey:
     session_id: str
 
 
+class Performer(Protocol):
+    """A gateway, as far as its sessions know it."""
+
+    def _perform(
+        self,
+        keyspace: str,
+        tenant_id: str,
+        session_id: str,
+        act: Callable[Concatenate[Store, Place, P], Awaitable[T]],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> Awaitable[T]: ...
+
+
 class GatewaySession(StoredSession):
     """One conversation of one tenant. Made by ``gateway.tenant(...).session(...)``.
 
@@ -284,19 +300,22 @@ class GatewaySession(StoredSession):
         tenant_id: str,
         session_id: str,
         *,
-        perform: Callable[..., Awaitable[Any]],
+        gateway: Performer,
+        keyspace: str,
         session_settings: SessionSettings | dict[str, Any] | None = None,
         ensure_ascii: bool = True,
     ) -> None:
         super().__init__(session_settings=session_settings, ensure_ascii=ensure_ascii)
-        self._ids = tenant_id, check_session_id(session_id)
+        self._gateway = gateway
+        self._keyspace = keyspace
+        self._tenant_id = tenant_id
+        self._own_id = check_session_id(session_id)
         self.session_id = f"{tenant_id}/{session_id}"
-        self._on_shard = perform
 
     @property
     def key(self) -> SessionKey:
         """Both ids, apart."""
-        return SessionKey(*self._ids)
+        return SessionKey(self._tenant_id, self._own_id)
 
     def __repr__(self) -> str:
         return f"GatewaySession({self.session_id!r})"
@@ -307,8 +326,9 @@ class GatewaySession(StoredSession):
         *args: P.args,
         **kwargs: P.kwargs,
     ) -> Awaitable[T]:
-        done: Awaitable[T] = self._on_shard(*self._ids, act, *args, **kwargs)
-        return done
+        return self._gateway._perform(
+            self._keyspace, self._tenant_id, self._own_id, act, *args, **kwargs
+        )
 
 
 class SQLAlchemySession(StoredSession):

@@ -100,9 +100,10 @@ class Held(Protocol):
 class Underway(Generic[T]):
     """As :func:`settle`, of an operation that runs in its caller's own task: to be awaited, once.
 
-    A task for each operation costs several rounds of the event loop. Here the caller's task runs
-    the operation itself, and waits, as far as it knows, for this object: so it is this object that
-    is asked when the task is cancelled, and it cancels what the operation waits for, or does not.
+    A task for each operation costs several rounds of the event ``loop``. Here the caller's task
+    runs the operation itself, and waits, as far as it knows, for this object: so it is this object
+    that is asked when the task is cancelled, and it cancels what the operation waits for, or does
+    not.
 
     ``held`` says whether a cancellation has to wait for the operation's end now, ``grace`` how many
     seconds at most. Where ``deadlines`` say so, by when it ``began``, the operation is
@@ -130,6 +131,7 @@ class Underway(Generic[T]):
         self,
         operation: Coroutine[Any, Any, T],
         held: Held,
+        loop: asyncio.AbstractEventLoop,
         *,
         grace: float,
         deadlines: Deadlines | None = None,
@@ -140,7 +142,7 @@ class Underway(Generic[T]):
         self._grace = grace
         self._deadlines = deadlines
         self._began = began
-        self._loop = asyncio.get_running_loop()
+        self._loop = loop
         self._grace_timer: asyncio.TimerHandle | None = None
         self._waits_for: Any = None
         self._asyncio_future_blocking = False
@@ -148,7 +150,7 @@ class Underway(Generic[T]):
         self._left = self._late = self._ends = False
 
     def __await__(self) -> Generator[Any, None, T]:
-        task = asyncio.current_task()
+        task = asyncio.current_task(self._loop)
         cancelling = 0 if task is None else task.cancelling()
         if self._deadlines is not None:
             self._deadlines.add(self, self._began)

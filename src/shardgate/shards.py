@@ -103,8 +103,8 @@ class Attempt:
     attempt under way did, by the event loop's clock. ``sent``: the attempt under way has reached
     the driver. ``lost``: an attempt that was sent has not been answered, so it may have taken
     effect. ``about_the_shard``: it asks what a shard is, or tells it, so it does not depend on the
-    answer. ``server`` is the one that the attempt has led to. ``alone``: it was sent with others,
-    and has to be sent by itself.
+    answer. ``server`` is the one that the attempt has led to. ``alone``: it has to be sent by
+    itself, for one because it was sent with others in vain.
     """
 
     __slots__ = (
@@ -137,7 +137,7 @@ class Attempt:
         self.started = self.began = now
         self.about_the_shard = about_the_shard
         self.server: Server | None = None
-        self.alone = False
+        self.alone = kind is None
 
     def has_to_end(self) -> bool:
         """Whether to cancel it now would leave its outcome unknown."""
@@ -210,7 +210,7 @@ class _Ticket(Ticket[Any, Any]):
     __slots__ = ("_attempt", "_database")
 
     def __init__(self, attempt: Attempt, database: Database) -> None:
-        super().__init__(attempt.act, database.loop)
+        super().__init__(attempt.act, loop=database.loop)
         self._attempt = attempt
         self._database = database
 
@@ -324,34 +324,36 @@ class Database:
 
     def read(self, action: Callable[[Any], Awaitable[T]]) -> Coroutine[Any, Any, T]:
         """Run ``action`` on a driver's connection; it must not change anything."""
-        return self._at_once(self._once, self._attempt(action, writes=False))
+        return self._at_once(self._attempt(action, writes=False))
 
     def write(self, action: Callable[[Any], Awaitable[T]]) -> Coroutine[Any, Any, T]:
         """Run ``action`` on a driver's connection; it takes effect whole or not at all."""
-        return self._at_once(self._alone, self._attempt(action))
+        return self._at_once(self._attempt(action))
 
     def append(self, append: Append) -> Coroutine[Any, Any, Outcome]:
         """As :meth:`write`; sent together with others, where it would have to wait."""
-        return self._at_once(self._gathered, self._attempt(append, kind=Appends))
+        return self._at_once(self._attempt(append, kind=Appends))
 
     def tail(self, read: TailRead) -> Coroutine[Any, Any, list[str] | None]:
         """As :meth:`read`, the newest rows, newest first; together with others likewise.
 
         None where the guard fails.
         """
-        short = read.limit is not None and read.limit <= LONGEST_TAIL
-        once = self._gathered if short else self._once
-        return self._at_once(once, self._attempt(read, kind=TailReads, writes=False))
+        attempt = self._attempt(read, kind=TailReads, writes=False)
+        attempt.alone = read.limit is None or read.limit > LONGEST_TAIL
+        return self._at_once(attempt)
+
+    def _operate(self, attempt: Attempt) -> Coroutine[Any, Any, Any]:
+        """Make an attempt: with others, where it may go with others, or by itself.
+
+        It goes by itself where it may be under way already: two of the same in one statement, or in
+        two that hold other sessions' rows, would be in each other's way.
+        """
+        by_itself = attempt.alone or attempt.lost or not self.coalesce or not self.dialect.gathers
+        return self._single(attempt) if by_itself else self._gathered(attempt)
 
     async def _gathered(self, attempt: Attempt) -> Any:
-        """Send one operation: at once if a seat is free, else with those who wait for one too.
-
-        Not where it may be under way already: two of the same in one statement, or in two that hold
-        other sessions' rows, would be in each other's way.
-        """
-        gathers = self.coalesce and self.dialect.gathers
-        if not gathers or attempt.lost or attempt.alone:
-            return await self._single(attempt)
+        """Send one operation: at once if a seat is free, else with those who wait for one too."""
         lane = self._lane(attempt.kind)
         seat = lane.take_seat(attempt.act)
         if seat is not None:
@@ -362,7 +364,7 @@ class Database:
         ticket = _Ticket(attempt, self)
         lane.wait(ticket)
         try:
-            outcome = await ticket.outcome
+            outcome = await ticket
         except asyncio.CancelledError:
             ticket.leave()
             raise
@@ -387,9 +389,10 @@ class Database:
         aboard: list[Ticket[J, Any]] = []
 
         async def act(connection: Any) -> Sequence[Any]:
-            aboard.extend(ticket for ticket in tickets if ticket.waits)
-            for ticket in aboard:
-                ticket.board()
+            for ticket in tickets:
+                if ticket.waits:
+                    aboard.append(ticket)
+                    ticket.board()
             loads = [ticket.load for ticket in aboard]
             if not loads:
                 return []
@@ -461,25 +464,24 @@ class Database:
             if create or await verify_tables(self.engine, self.tables):
                 self.state.verified.add(names)
 
-    async def _at_once(
-        self, once: Callable[[Attempt], Coroutine[Any, Any, T]], attempt: Attempt
-    ) -> T:
+    async def _at_once(self, attempt: Attempt) -> Any:
         """Run an operation on a driver's connection: its first attempt in the caller's own task.
 
         Whatever is wrong with that is left to :meth:`_run`.
         """
         if not self._serves(attempt):
-            return await self._settled(once, attempt)
+            return await self._settled(self._operate, attempt)
         try:
             answer = await Underway(
-                once(attempt),
+                self._operate(attempt),
                 attempt,
+                self.loop,
                 grace=CANCELLED_SECONDS,
                 deadlines=self._deadlines_now(),
                 began=attempt.started,
             )
         except Exception as error:  # noqa: BLE001 - _run sees to it
-            return await self._settled(once, attempt, failed=error)
+            return await self._settled(self._operate, attempt, failed=error)
         self._has_answered()
         return answer
 

@@ -56,6 +56,14 @@ class Codec:
             raise UndecodableError(str(error)) from error
 
 
+async def _decode_json(text: str) -> Any:
+    return decode(text)
+
+
+JSON = Codec(decode=_decode_json, is_json=True)
+"""That of sessions that have none of their own."""
+
+
 class Place(NamedTuple):
     """A session on a database: which rows, and the guard under which they may be touched."""
 

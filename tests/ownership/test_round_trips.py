@@ -115,7 +115,7 @@ async def test_nothing_is_compiled_for_a_new_handle(
 def another(session: StoredSession, name: str) -> StoredSession:
     """A new handle, of another session at the same place."""
     if isinstance(session, GatewaySession):
-        gateway: Any = session._on_shard.func.__self__  # type: ignore[attr-defined]  # a partial
+        gateway: Any = session._gateway
         handle: StoredSession = gateway.tenant("acme").session(name)
         return handle
     assert isinstance(session, SQLAlchemySession)

@@ -30,7 +30,7 @@ class Sent(Ticket[Load, str]):
     """A ticket that is sent by a function."""
 
     def __init__(self, load: Load, send: Callable[..., Awaitable[None]]) -> None:
-        super().__init__(load, asyncio.get_running_loop())
+        super().__init__(load, loop=asyncio.get_running_loop())
         self._send = send
         self.is_aboard = False
 
@@ -94,7 +94,7 @@ async def turn() -> None:
 
 def give_up(ticket: Ticket[Load, str]) -> None:
     """Do what a caller does who is cancelled."""
-    ticket.outcome.cancel()
+    ticket.cancel()
     ticket.leave()
 
 
@@ -120,7 +120,7 @@ async def test_whoever_finds_a_seat_goes_at_once_and_the_others_together(
     assert sender.sent == []
     lane.give_back(seat)
     sender.arrive.set()
-    assert await asyncio.gather(*(ticket.outcome for ticket in tickets)) == ["a", "b", "c"]
+    assert await asyncio.gather(*(ticket for ticket in tickets)) == ["a", "b", "c"]
     await turn()
     assert sender.sent == [["a", "b", "c"]]
     assert all_free(lane)
@@ -136,7 +136,7 @@ async def test_a_statement_is_bounded(lane: Lane[Load, str], sender: Sender) -> 
         tickets.append(sender.ticket(name, MOST_BYTES))
         lane.wait(tickets[-1])
     lane.give_back(seat)
-    await asyncio.gather(*(ticket.outcome for ticket in tickets))
+    await asyncio.gather(*(ticket for ticket in tickets))
     assert sender.sent == [many[:MOST_TOGETHER], many[MOST_TOGETHER:], ["x"], ["y"]]
 
 
@@ -147,7 +147,7 @@ async def test_answers_are_bounded_as_well(lane: Lane[Load, str], sender: Sender
     assert seat is not None
     tickets = queue(lane, sender, "a", "b", "c")
     lane.give_back(seat)
-    await asyncio.gather(*(ticket.outcome for ticket in tickets))
+    await asyncio.gather(*(ticket for ticket in tickets))
     assert sender.sent == [["a", "b"], ["c"]]
 
 
@@ -159,7 +159,7 @@ async def test_the_same_identity_twice_is_not_in_one_statement(
     assert seat is not None
     tickets = queue(lane, sender, "a", "b", "a", "c")
     lane.give_back(seat)
-    await asyncio.gather(*(ticket.outcome for ticket in tickets))
+    await asyncio.gather(*(ticket for ticket in tickets))
     assert sender.sent == [["a", "b"], ["a", "c"]]
 
 
@@ -172,7 +172,7 @@ async def test_who_gives_up_while_waiting_is_not_sent(
     first, second = queue(lane, sender, "a", "b")
     give_up(first)
     lane.give_back(seat)
-    assert await second.outcome == "b"
+    assert await second == "b"
     await turn()
     assert sender.sent == [["b"]]
     assert all_free(lane)
@@ -201,7 +201,7 @@ async def test_a_flight_goes_on_for_those_who_still_wait(
     give_up(first)
     await turn()
     sender.arrive.set()
-    assert await second.outcome == "b"
+    assert await second == "b"
     assert sender.cancelled == 0
 
 
@@ -217,7 +217,7 @@ async def test_a_flight_that_all_have_left_is_ended(lane: Lane[Load, str], sende
     await turn()
     assert sender.cancelled == 1
     sender.arrive.set()
-    assert await next_.outcome == "c"
+    assert await next_ == "c"
     await turn()
     assert sender.sent == [["a", "b"], ["c"]]
     assert all_free(lane)
@@ -234,7 +234,7 @@ async def test_an_error_is_everybodys_and_the_next_are_sent(
     lane.give_back(seat)
     for ticket in tickets:
         with pytest.raises(OSError, match="cut"):
-            await ticket.outcome
+            await ticket
     await turn()
     assert all_free(lane)
 
@@ -249,7 +249,7 @@ async def test_a_flight_cancelled_from_outside_is_an_error_to_its_passengers(
     (flight,) = lane._flights
     flight.cancel()  # before its first step, too
     with pytest.raises(ConnectionAbortedError):
-        await ticket.outcome
+        await ticket
     await turn()
     assert all_free(lane)
 
@@ -262,7 +262,7 @@ async def test_a_seat_that_does_not_come_back_is_given_to_those_who_wait(
     held = lane.take_seat(Load("somebody"))
     assert held is not None
     (first,) = queue(lane, sender, "a")
-    assert await asyncio.wait_for(first.outcome, 10) == "a"
+    assert await asyncio.wait_for(first, 10) == "a"
     await turn()
     assert lane.take_seat(Load("somebody")) is not None
     lane.give_back(held)  # it has been given away: nothing is free by it
@@ -274,7 +274,7 @@ async def test_what_has_to_go_alone_is_said_so(lane: Lane[Load, str], sender: Se
     ticket.give(ALONE)
     ticket.give("b")
     ticket.fail(OSError())
-    assert await ticket.outcome is ALONE
+    assert await ticket is ALONE
 
 
 class Chats:
@@ -431,10 +431,10 @@ async def test_a_seat_given_away_keeps_its_turn(
     held = chats.goes("a1")
     assert held is not None
     later, other = chats.waits("a2", "b1")
-    assert await asyncio.wait_for(other.outcome, 10) == "b1"
+    assert await asyncio.wait_for(other, 10) == "b1"
     assert later.waits
     chats.lane.give_back(held)
-    assert await asyncio.wait_for(later.outcome, 10) == "a2"
+    assert await asyncio.wait_for(later, 10) == "a2"
     await turn()
     assert all_free(chats.lane)
 
@@ -482,7 +482,7 @@ async def _in_order(seats: int, arrivals: list[tuple[str, int]]) -> None:
         if seat is None:
             ticket = Sent(load, send)
             lane.wait(ticket)
-            await ticket.outcome
+            await ticket
             return
         await fly([load])
         lane.give_back(seat)

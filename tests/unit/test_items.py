@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+import re
+from collections import Counter, OrderedDict
+from enum import StrEnum
+from http import HTTPStatus
+from typing import Any, NamedTuple
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from shardgate.errors import UsageError
@@ -50,6 +54,7 @@ def test_ascii_only_if_asked() -> None:
 
 def test_depth_is_bounded_before_anything_recurses() -> None:
     assert decode(encode(nested(MAX_DEPTH))) == nested(MAX_DEPTH)
+    assert encode(nested(MAX_DEPTH)) == json.dumps(nested(MAX_DEPTH))
     for depth in (MAX_DEPTH + 1, 100_000):
         with pytest.raises(UsageError, match=str(MAX_DEPTH)):
             encode(nested(depth))
@@ -147,3 +152,47 @@ def test_integers_of_any_length_are_read(digits: int, sign: str) -> None:
     sevens = 7 * (10**digits - 1) // 9
     read = decode(f'{{"n": {sign}{"7" * digits}}}')["n"]
     assert read == (-sevens if sign else sevens)
+
+
+@given(value=VALUES | _ANY_JSON, ensure_ascii=st.booleans())
+@example(value="\x7f", ensure_ascii=True)
+@example(value=["\x7f", {"\x7f": 1e22}], ensure_ascii=False)
+@example(value={"n": -(10**40), "s": "\ud800é\U0001f600\u2028"}, ensure_ascii=True)
+def test_texts_are_written_as_the_standard_library_writes_them(
+    value: Any, ensure_ascii: bool
+) -> None:
+    text = json.dumps(value, separators=(",", ":"), ensure_ascii=ensure_ascii)
+    escaped = re.sub("[\ud800-\udfff]", lambda lone: f"\\u{ord(lone[0]):04x}", text)
+    assert encode(value, ensure_ascii=ensure_ascii) == escaped
+
+
+class Role(StrEnum):
+    USER = "user"
+
+
+class Text(str):
+    __slots__ = ()
+
+
+class Pair(NamedTuple):
+    left: int
+    right: str
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        Role.USER,
+        {"role": Role.USER},
+        {Role.USER: 1},
+        Text("text"),
+        {Text("key"): [Text("text")]},
+        Pair(1, "a"),
+        (1, (2,)),
+        OrderedDict(b=1, a=2),
+        HTTPStatus.OK,
+        Counter(a=1),
+    ],
+)
+def test_what_is_of_a_type_of_its_own_is_written_as_the_standard_library_does(value: Any) -> None:
+    assert encode(value) == json.dumps(value, separators=(",", ":"))

@@ -25,7 +25,8 @@ FOREVER = 1e6
 async def in_place(operation: Coroutine[Any, Any, Any], *, grace: float | None = None) -> Any:
     """As settle, without a task."""
     grace = FOREVER if grace is None else grace
-    return await Underway(operation, Held(sent=True), grace=grace)
+    loop = asyncio.get_running_loop()
+    return await Underway(operation, Held(sent=True), loop, grace=grace)
 
 
 @pytest.fixture(params=[settle, in_place], ids=["in a task", "in place"], name="settle")
@@ -164,12 +165,9 @@ class Held:
         return self.sent
 
     async def run(self, operation: Coroutine[Any, Any, Any], *, grace: float = FOREVER) -> Any:
+        loop = asyncio.get_running_loop()
         return await Underway(
-            operation,
-            self,
-            grace=grace,
-            deadlines=self._deadlines,
-            began=asyncio.get_running_loop().time(),
+            operation, self, loop, grace=grace, deadlines=self._deadlines, began=loop.time()
         )
 
 
