@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 MOST_TOGETHER = 128
 """Operations of one statement."""
+SHARED_OUT = 32
+"""Where more than these wait, the seats that are free share them out: else those who all got their
+answers in one statement would all go in one again, with nothing to do for either side meanwhile."""
 MOST_BYTES = 1 << 20
 """Bytes of one statement, or of its answer as far as it is foreseen, unless a single operation has
 more."""
@@ -236,7 +239,9 @@ class Lane(Generic[J, R]):
         behind: list[Ticket[J, R]] = []
         identities: set[Hashable] = set()
         weight = 0
-        while self._waiting and len(together) < MOST_TOGETHER:
+        share = -(-len(self._waiting) // (self._seats - len(self._taken)))
+        most = min(MOST_TOGETHER, max(SHARED_OUT, share))
+        while self._waiting and len(together) < most:
             ticket = self._waiting[0]
             if ticket.waits:
                 load = ticket.load

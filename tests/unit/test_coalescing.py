@@ -318,6 +318,24 @@ async def test_a_second_seat_is_taken_when_enough_wait(
     assert all_free(chats.lane)
 
 
+async def test_those_who_wait_are_shared_out_among_the_seats(
+    sender: Sender, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(coalescing, "SHARED_OUT", 2)
+    monkeypatch.setattr(coalescing, "WORTH_A_SEAT", 1)
+    lane: Lane[Load, str] = Lane(seats=3)
+    queue(lane, sender, *"abcdefg")
+    await turn()
+    assert sender.sent == [["a", "b", "c"], ["d", "e"], ["f", "g"]]
+    sender.arrive.set()
+    await turn()
+    queue(lane, sender, "x", "y")
+    await turn()
+    assert sender.sent[3:] == [["x", "y"]], "so few are not worth two statements"
+    await turn()
+    assert all_free(lane)
+
+
 async def test_very_few_go_at_once_and_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(coalescing, "VERY_FEW", 2)
     lane: Lane[Load, str] = Lane(seats=3)
