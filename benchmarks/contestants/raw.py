@@ -24,7 +24,7 @@ from sqlalchemy.engine import make_url
 from benchmarks.contestants.base import Contestant, Session
 from benchmarks.contestants.ours import DURABLE, ThroughGateway
 from benchmarks.servers import driver_url
-from shardgate.coalescing import MOST_TOGETHER
+from shardgate.coalescing import MOST_TOGETHER, WORTH_A_SEAT
 from shardgate.engines import make_engine
 from shardgate.shards import SEATS
 from shardgate.sql.dialect import Append, Guard, Key, Operation, Outcome, TailRead
@@ -181,8 +181,8 @@ class AsyncpgSession:
 class RawTogether(RawPostgreSQL):
     """asyncpg, with our statements for many operations: what is left to a gateway that gathers.
 
-    As many connections for reads and for appends as we have seats. Each that is free takes all who
-    wait, as many as we send together; nothing else is done for them.
+    As many connections for reads and for appends as we have seats. Those that are free share out
+    all who wait, as many as we send together; nothing else is done for them.
     """
 
     key: ClassVar[str] = "raw-together"
@@ -210,24 +210,35 @@ class Crowd:
         self._free = list(connections)
         self._waiting: list[tuple[Any, asyncio.Future[Any]]] = []
         self._flights: set[asyncio.Task[None]] = set()
+        self._is_open = False
 
     async def join(self, operation: Any) -> Any:
         """The operation's answer."""
-        answer = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        answer = loop.create_future()
         self._waiting.append((operation, answer))
-        if self._free:
-            flight = asyncio.create_task(self._fly(self._free.pop()))
-            self._flights.add(flight)
-            flight.add_done_callback(self._flights.discard)
+        if not self._is_open:
+            self._is_open = True
+            loop.call_soon(self._depart)
         return await answer
 
-    async def _fly(self, connection: Any) -> None:
-        while self._waiting:
-            going, self._waiting = self._waiting[:MOST_TOGETHER], self._waiting[MOST_TOGETHER:]
-            answers = await self._send(connection, [operation for operation, _ in going])
-            for (_, waits), answer in zip(going, answers, strict=True):
-                waits.set_result(answer)
+    def _depart(self) -> None:
+        """As our seats do: half of those who wait, while another connection is free."""
+        self._is_open = False
+        while self._waiting and self._free:
+            share = len(self._waiting) if len(self._free) == 1 else -(-len(self._waiting) // 2)
+            most = min(MOST_TOGETHER, max(WORTH_A_SEAT, share))
+            going, self._waiting = self._waiting[:most], self._waiting[most:]
+            flight = asyncio.create_task(self._fly(self._free.pop(), going))
+            self._flights.add(flight)
+            flight.add_done_callback(self._flights.discard)
+
+    async def _fly(self, connection: Any, going: list[tuple[Any, asyncio.Future[Any]]]) -> None:
+        answers = await self._send(connection, [operation for operation, _ in going])
+        for (_, waits), answer in zip(going, answers, strict=True):
+            waits.set_result(answer)
         self._free.append(connection)
+        self._depart()
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,11 +1,12 @@
 """Operations that wait for a database are sent together.
 
 A lane has a few seats. Whoever finds hardly anybody under way goes at once, alone. Where a few
-are, all who come within one turn of the event loop go together. Where more are, what arrives waits
-in order, and each seat that becomes free takes as many along as may go together; a further one
-leaves as soon as enough wait to be worth a statement. So nothing is held back while the database
-has little to do, and the more there is to do, the less each operation costs. What must keep its
-order has a turn: it waits while another of the same turn is under way, free seats or not.
+are, or have lately come together, all who come within one turn of the event loop go together. Where
+more are, what arrives waits in order, and a seat that becomes free takes half of those who wait
+along, the last one all who may go together; a further one leaves as soon as enough wait to be worth
+a statement. So nothing is held back while the database has little to do, and the more there is to
+do, the less each operation costs. What must keep its order has a turn: it waits while another of
+the same turn is under way, free seats or not.
 
 A seat whose holder does not come back soon, be it that somebody has locked what it wants, is given
 to those who wait: nobody is held up by another one's trouble for longer than ``OVERDUE_SECONDS``.
@@ -29,20 +30,22 @@ if TYPE_CHECKING:
 
 MOST_TOGETHER = 128
 """Operations of one statement."""
-SHARED_OUT = 32
-"""Where more than these wait, the seats that are free share them out: else those who all got their
-answers in one statement would all go in one again, with nothing to do for either side meanwhile."""
 MOST_BYTES = 1 << 20
 """Bytes of one statement, or of its answer as far as it is foreseen, unless a single operation has
 more."""
 WORTH_A_SEAT = 16
-"""So many have to wait, for each seat that is taken, for a further one to be."""
+"""So many have to wait, for each seat that is taken, for a further one to be. Who waits is not
+parted into less."""
+ALONE_LATELY = 1.5
+"""Whoever comes goes alone only while statements have lately had fewer operations, on average."""
 VERY_FEW = 2
 """While fewer operations are under way, whoever comes goes at once and alone."""
 FEW = 8
 """While fewer operations are under way, those go who come within a turn of the event loop."""
 OVERDUE_SECONDS = 0.05
 """How long the holder of a seat keeps it from those who wait."""
+_LATELY = 8
+"""Statements that a moving average is of."""
 
 
 class Alone(Enum):
@@ -166,6 +169,7 @@ class Lane(Generic[J, R]):
         self._clock = self._loop.time
         self._seats = seats
         self._taken: dict[Seat, int] = {}  # in the order of their times; how many each has
+        self._lately = 1.0  # operations of a statement, as a moving average
         self._is_open = False  # somebody has come within this turn of the event loop
         self._turns: set[Hashable] = set()  # of what is under way
         self._waiting: deque[Ticket[J, R]] = deque()
@@ -176,7 +180,8 @@ class Lane(Generic[J, R]):
         """Take a seat, while few are, to go at once and alone; :meth:`give_back` returns it."""
         if self._waiting or load.turn in self._turns:
             return None
-        return self._seat([load]) if self._has_room(VERY_FEW) else None
+        goes = self._lately < ALONE_LATELY and self._has_room(VERY_FEW)
+        return self._seat([load]) if goes else None
 
     def _has_room(self, most: int) -> bool:
         """Whether a seat is free, and fewer operations are under way."""
@@ -192,6 +197,7 @@ class Lane(Generic[J, R]):
         seat = Seat(self._clock())
         seat.turns = [turn for load in loads if (turn := load.turn) is not None]
         self._taken[seat] = len(loads)
+        self._lately += (len(loads) - self._lately) / _LATELY
         self._turns.update(seat.turns)
         return seat
 
@@ -230,6 +236,16 @@ class Lane(Generic[J, R]):
         flight.land(error if isinstance(error, Exception) else RuntimeError("no outcome"))
         self.give_back(seat)
 
+    def _share(self) -> int:
+        """How many of those who wait go as one: half of them, while another seat is free.
+
+        If all who have got their answers in one statement went in one again, the process and the
+        database would take turns, each with nothing to do meanwhile.
+        """
+        if len(self._taken) + 1 >= self._seats:
+            return MOST_TOGETHER
+        return min(MOST_TOGETHER, max(WORTH_A_SEAT, -(-len(self._waiting) // 2)))
+
     def _gather(self) -> list[Ticket[J, R]]:
         """The first who wait, as many as may go together; not those who have given up.
 
@@ -239,8 +255,7 @@ class Lane(Generic[J, R]):
         behind: list[Ticket[J, R]] = []
         identities: set[Hashable] = set()
         weight = 0
-        share = -(-len(self._waiting) // (self._seats - len(self._taken)))
-        most = min(MOST_TOGETHER, max(SHARED_OUT, share))
+        most = self._share()
         while self._waiting and len(together) < most:
             ticket = self._waiting[0]
             if ticket.waits:

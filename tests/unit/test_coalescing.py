@@ -318,22 +318,47 @@ async def test_a_second_seat_is_taken_when_enough_wait(
     assert all_free(chats.lane)
 
 
-async def test_those_who_wait_are_shared_out_among_the_seats(
+async def test_half_of_those_who_wait_go_while_another_seat_is_free(
     sender: Sender, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(coalescing, "SHARED_OUT", 2)
-    monkeypatch.setattr(coalescing, "WORTH_A_SEAT", 1)
+    monkeypatch.setattr(coalescing, "WORTH_A_SEAT", 2)
     lane: Lane[Load, str] = Lane(seats=3)
-    queue(lane, sender, *"abcdefg")
+    queue(lane, sender, *"abcdefghi")
     await turn()
-    assert sender.sent == [["a", "b", "c"], ["d", "e"], ["f", "g"]]
+    assert sender.sent == [[*"abcde"], [*"fg"]], "for a third one more have to wait"
     sender.arrive.set()
     await turn()
     queue(lane, sender, "x", "y")
     await turn()
-    assert sender.sent[3:] == [["x", "y"]], "so few are not worth two statements"
+    assert sender.sent[2:] == [["h", "i"], ["x", "y"]], "so few are not worth two statements"
     await turn()
     assert all_free(lane)
+
+
+async def test_who_comes_among_many_goes_with_them(
+    sender: Sender, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(coalescing, "FEW", 8)
+    sender.arrive.set()
+    lane: Lane[Load, str] = Lane(seats=4)
+    for _ in range(3):
+        assert goes_alone(lane), "nobody else has come"
+    for _ in range(2):
+        queue(lane, sender, *"abcd")
+        await turn()
+    assert not goes_alone(lane)
+    for _ in range(10):
+        queue(lane, sender, "a")
+        await turn()
+    assert goes_alone(lane), "one by one again"
+    assert all_free(lane)
+
+
+def goes_alone(lane: Lane[Load, str]) -> bool:
+    seat = lane.take_seat(Load("somebody"))
+    if seat is not None:
+        lane.give_back(seat)
+    return seat is not None
 
 
 async def test_very_few_go_at_once_and_alone(monkeypatch: pytest.MonkeyPatch) -> None:
