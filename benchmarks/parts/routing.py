@@ -57,7 +57,7 @@ def _act(shards: int) -> Callable[[Name], Any]:
 
     def act(name: Name) -> Any:
         handle = gateway.tenant(name.tenant).session(name.session)
-        route(known, *handle._ids)
+        route(known, handle._tenant_id, handle._own_id)
         return handle
 
     return act
