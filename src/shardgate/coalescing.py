@@ -36,7 +36,7 @@ more."""
 WORTH_A_SEAT = 16
 """So many have to wait, for each seat that is taken, for a further one to be. Who waits is not
 parted into less."""
-ALONE_LATELY = 1.5
+ALONE_LATELY = 2.5
 """Whoever comes goes alone only while statements have lately had fewer operations, on average."""
 VERY_FEW = 2
 """While fewer operations are under way, whoever comes goes at once and alone."""

@@ -137,7 +137,11 @@ def _is_plain(item: object) -> bool:
             kind = type(value)
             if kind in _PLAIN or (kind is int and value in _INT64):
                 continue
-            if isinstance(value, dict):
+            if isinstance(value, _LEAVES):
+                plain = False
+            elif depth >= MAX_DEPTH:
+                raise _too_deep()
+            elif isinstance(value, dict):
                 keys = set(map(type, value))
                 plain &= kind is dict and keys <= {str}
                 if not all(issubclass(key, str) for key in keys):
@@ -146,31 +150,34 @@ def _is_plain(item: object) -> bool:
             elif isinstance(value, list | tuple):
                 plain &= kind is list
                 stack.append((value, depth + 1))
-            elif isinstance(value, _LEAVES):
-                plain = False
-                continue
             else:
                 raise _refusal(item)
-            if depth >= MAX_DEPTH:
-                raise UsageError(f"the item is nested more than {MAX_DEPTH} levels deep")
     return plain
+
+
+def _too_deep() -> UsageError:
+    return UsageError(f"the item is nested more than {MAX_DEPTH} levels deep")
 
 
 def _refusal(item: object) -> UsageError:
     """The error for the first thing in ``item`` that is not JSON, with its path."""
-    stack: list[tuple[object, str]] = [(item, "item")]
+    stack: list[tuple[object, str, int]] = [(item, "item", 0)]
     while stack:
-        value, path = stack.pop()
+        value, path, depth = stack.pop()
+        if isinstance(value, _LEAVES):
+            continue
+        if depth >= MAX_DEPTH:  # it may hold itself
+            return _too_deep()
         if isinstance(value, dict):
             for key in value:
                 if not isinstance(key, str):
                     kind = type(key).__name__
                     return UsageError(f"{path} is not JSON: a key is a {kind}, not a str")
-            stack += [(child, f"{path}[{key!r}]") for key, child in reversed(value.items())]
+            children = [(child, f"{path}[{key!r}]", depth + 1) for key, child in value.items()]
         elif isinstance(value, list | tuple):
-            children = [(child, f"{path}[{place}]") for place, child in enumerate(value)]
-            stack += reversed(children)
-        elif not isinstance(value, _LEAVES):
+            children = [(child, f"{path}[{n}]", depth + 1) for n, child in enumerate(value)]
+        else:
             kind = type(value).__name__
             return UsageError(f"{path} is not JSON: a {kind}; convert it first")
+        stack += reversed(children)
     return UsageError("the item is not JSON")

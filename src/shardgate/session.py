@@ -107,8 +107,8 @@ class StoredSession(SessionBase):
     def _codec(self) -> Codec:
         """One of its own is made for each call: kept, it would be a cycle, and handles are to go at
         once."""
-        own = type(self)._deserialize_item is StoredSession._deserialize_item
-        return JSON if own else Codec(decode=self._deserialize_item, is_json=False)
+        decode = self._deserialize_item
+        return JSON if _is(decode, _DESERIALIZE) else Codec(decode=decode, is_json=False)
 
     async def _serialize_item(self, item: TResponseInputItem) -> str:
         """The text to store for an item. May be overridden, together with its counterpart."""
@@ -255,7 +255,7 @@ class StoredSession(SessionBase):
 
     async def _texts(self, items: list[TResponseInputItem]) -> list[str]:
         """What is to be stored for each item."""
-        if type(self)._serialize_item is StoredSession._serialize_item:
+        if _is(self._serialize_item, _SERIALIZE):
             return [encode(item, ensure_ascii=self._ensure_ascii) for item in items]
         return [check_text(await self._serialize_item(item)) for item in items]
 
@@ -264,6 +264,15 @@ class StoredSession(SessionBase):
         if isinstance(settings, dict):
             return settings.get("limit")
         return None if settings is None else settings.limit
+
+
+_SERIALIZE, _DESERIALIZE = StoredSession._serialize_item, StoredSession._deserialize_item
+
+
+def _is(method: object, own: object) -> bool:
+    """Whether a session's method is ours: overridden by nobody, be it in a class or in one
+    object."""
+    return getattr(method, "__func__", None) is own
 
 
 @dataclass(frozen=True, slots=True)

@@ -368,6 +368,8 @@ class Database:
         except asyncio.CancelledError:
             ticket.leave()
             raise
+        finally:
+            del ticket  # the traceback of its error leads here
         if outcome is not ALONE:
             return outcome
         attempt.alone, attempt.sent = True, False

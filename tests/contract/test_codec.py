@@ -96,3 +96,16 @@ async def test_what_no_database_can_store_is_refused(database: Database) -> None
     await session.add_items([{"raw": '"fine é"'}])
     assert await session.get_items() == ["fine é"]
     await session.aclose()
+
+
+@pytest.mark.backends("sqlite", "postgresql-15", "mariadb")
+async def test_methods_may_be_replaced_in_one_object(database: Database, plain: Any) -> None:
+    session: Any = SQLAlchemySession.from_url("chat-1", url=database.url, create_tables=True)
+    other = Sealed.from_url("chat-1", url=database.url)
+    session._serialize_item = other._serialize_item
+    await session.add_items([{"n": 1}])
+    assert await plain.get_items() == []
+    session._deserialize_item = other._deserialize_item
+    assert await session.get_items() == [{"n": 1}]
+    assert await session.pop_item() == {"n": 1}
+    await session.aclose()

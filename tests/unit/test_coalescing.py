@@ -343,14 +343,14 @@ async def test_who_comes_among_many_goes_with_them(
     lane: Lane[Load, str] = Lane(seats=4)
     for _ in range(3):
         assert goes_alone(lane), "nobody else has come"
-    for _ in range(2):
+    for _ in range(10):
         queue(lane, sender, *"abcd")
         await turn()
     assert not goes_alone(lane)
-    for _ in range(10):
-        queue(lane, sender, "a")
+    for _ in range(20):
+        queue(lane, sender, "a", "b")
         await turn()
-    assert goes_alone(lane), "one by one again"
+    assert goes_alone(lane), "two that wait for each other are not many"
     assert all_free(lane)
 
 

@@ -24,8 +24,7 @@ VALUES = st.recursive(
 )
 
 
-def nested(depth: int) -> Any:
-    value: Any = 0
+def nested(depth: int, value: Any = 0) -> Any:
     for _ in range(depth):
         value = [value]
     return value
@@ -63,8 +62,13 @@ def test_depth_is_bounded_before_anything_recurses() -> None:
 def test_a_value_that_holds_itself_is_refused() -> None:
     endless: list[Any] = []
     endless.append(endless)
-    with pytest.raises(UsageError, match="nested"):
-        encode(endless)
+    mixed: list[Any] = []
+    mixed += [mixed, object(), mixed]
+    keyed: dict[Any, Any] = {}
+    keyed.update(me=keyed, other=object(), also=keyed)
+    for value in (endless, mixed, keyed, [endless, {1: 2}, endless], nested(MAX_DEPTH, object())):
+        with pytest.raises(UsageError, match="nested"):
+            encode(value)
 
 
 @pytest.mark.parametrize(
