@@ -1,12 +1,12 @@
 """Operations that wait for a database are sent together.
 
 A lane has a few seats. Whoever finds hardly anybody under way goes at once, alone. Where a few
-are, or have lately come together, all who come within one turn of the event loop go together. Where
-more are, what arrives waits in order, and a seat that becomes free takes half of those who wait
-along, the last one all who may go together; a further one leaves as soon as enough wait to be worth
-a statement. So nothing is held back while the database has little to do, and the more there is to
-do, the less each operation costs. What must keep its order has a turn: it waits while another of
-the same turn is under way, free seats or not.
+are, all who come within one turn of the event loop go together. Where more are, what arrives waits
+in order, and a seat that becomes free takes half of those who wait along, the last one all who may
+go together; a further one leaves as soon as enough wait to be worth a statement. So nothing is held
+back while the database has little to do, and the more there is to do, the less each operation
+costs. What must keep its order has a turn: it waits while another of the same turn is under way,
+free seats or not.
 
 A seat whose holder does not come back soon, be it that somebody has locked what it wants, is given
 to those who wait: nobody is held up by another one's trouble for longer than ``OVERDUE_SECONDS``.
@@ -36,16 +36,12 @@ more."""
 WORTH_A_SEAT = 16
 """So many have to wait, for each seat that is taken, for a further one to be. Who waits is not
 parted into less."""
-ALONE_LATELY = 2.5
-"""Whoever comes goes alone only while statements have lately had fewer operations, on average."""
 VERY_FEW = 2
 """While fewer operations are under way, whoever comes goes at once and alone."""
 FEW = 8
 """While fewer operations are under way, those go who come within a turn of the event loop."""
 OVERDUE_SECONDS = 0.05
 """How long the holder of a seat keeps it from those who wait."""
-_LATELY = 8
-"""Statements that a moving average is of."""
 
 
 class Alone(Enum):
@@ -169,7 +165,6 @@ class Lane(Generic[J, R]):
         self._clock = self._loop.time
         self._seats = seats
         self._taken: dict[Seat, int] = {}  # in the order of their times; how many each has
-        self._lately = 1.0  # operations of a statement, as a moving average
         self._is_open = False  # somebody has come within this turn of the event loop
         self._turns: set[Hashable] = set()  # of what is under way
         self._waiting: deque[Ticket[J, R]] = deque()
@@ -180,8 +175,7 @@ class Lane(Generic[J, R]):
         """Take a seat, while few are, to go at once and alone; :meth:`give_back` returns it."""
         if self._waiting or load.turn in self._turns:
             return None
-        goes = self._lately < ALONE_LATELY and self._has_room(VERY_FEW)
-        return self._seat([load]) if goes else None
+        return self._seat([load]) if self._has_room(VERY_FEW) else None
 
     def _has_room(self, most: int) -> bool:
         """Whether a seat is free, and fewer operations are under way."""
@@ -197,7 +191,6 @@ class Lane(Generic[J, R]):
         seat = Seat(self._clock())
         seat.turns = [turn for load in loads if (turn := load.turn) is not None]
         self._taken[seat] = len(loads)
-        self._lately += (len(loads) - self._lately) / _LATELY
         self._turns.update(seat.turns)
         return seat
 

@@ -335,32 +335,6 @@ async def test_half_of_those_who_wait_go_while_another_seat_is_free(
     assert all_free(lane)
 
 
-async def test_who_comes_among_many_goes_with_them(
-    sender: Sender, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(coalescing, "FEW", 8)
-    sender.arrive.set()
-    lane: Lane[Load, str] = Lane(seats=4)
-    for _ in range(3):
-        assert goes_alone(lane), "nobody else has come"
-    for _ in range(10):
-        queue(lane, sender, *"abcd")
-        await turn()
-    assert not goes_alone(lane)
-    for _ in range(20):
-        queue(lane, sender, "a", "b")
-        await turn()
-    assert goes_alone(lane), "two that wait for each other are not many"
-    assert all_free(lane)
-
-
-def goes_alone(lane: Lane[Load, str]) -> bool:
-    seat = lane.take_seat(Load("somebody"))
-    if seat is not None:
-        lane.give_back(seat)
-    return seat is not None
-
-
 async def test_very_few_go_at_once_and_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(coalescing, "VERY_FEW", 2)
     lane: Lane[Load, str] = Lane(seats=3)
