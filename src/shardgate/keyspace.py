@@ -210,6 +210,7 @@ class Keyspace:
         clock = asyncio.get_running_loop().time
         give_up = clock() + self._deadline
         first = await self.known()
+        looked = False
         while True:
             known = await self.known()
             slots = tenant_slots(tenant_id, slots=known.slots, spread=known.spread)
@@ -233,7 +234,14 @@ class Keyspace:
                 default=None,
             )
             if frozen is not None:
-                await self._wait_for_move(known.owner(frozen), frozen, give_up - clock())
+                try:
+                    await self._wait_for_move(known.owner(frozen), frozen, give_up - clock())
+                except ShardUnavailable:
+                    if not looked:
+                        raise
+                    # No move, by the looks before: for this last one there was no time.
+                    raise self._not_in_one_piece(known, first, missing) from None
+                looked = True
             await asyncio.sleep(_POLL)
             await self._read()
 

@@ -21,6 +21,7 @@ from shardgate import (
     TenantRefused,
     metadata,
 )
+from shardgate.keyspace import Keyspace
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
@@ -361,3 +362,24 @@ async def test_a_hint_that_leads_nowhere(moved: Moved) -> None:
                 await gateway.tenant("acme").list_sessions()
     assert len(await moved.stored("a")) == 3
     assert await moved.stored("b") == []
+
+
+@only_sqlite
+async def test_a_last_look_without_time_does_not_make_it_a_move(
+    moved: Moved, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    epoch = await fence(moved.source, moved.slot)
+    await release(moved.source, moved.slot, await uuid_of(moved.target), epoch)
+    look, looks = Keyspace._wait_for_move, 0
+
+    async def in_haste(keyspace: Keyspace, name: str, slot: int, seconds: float) -> Any:
+        nonlocal looks
+        looks += 1
+        return await look(keyspace, name, slot, seconds if looks == 1 else 0)
+
+    monkeypatch.setattr(Keyspace, "_wait_for_move", in_haste)
+    settings = settings_at(moved.urls, slots=SLOTS, operation_deadline=60, create_tables=False)
+    async with Gateway(settings) as gateway:
+        with pytest.raises(OwnershipConflict, match="owned by no shard"):
+            await gateway.tenant("acme").list_sessions()
+    assert looks == 2
