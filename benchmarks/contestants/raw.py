@@ -24,7 +24,7 @@ from sqlalchemy.engine import make_url
 from benchmarks.contestants.base import Contestant, Session
 from benchmarks.contestants.ours import DURABLE, ThroughGateway
 from benchmarks.servers import driver_url
-from shardgate.coalescing import MOST_TOGETHER, WORTH_A_SEAT
+from shardgate.coalescing import share
 from shardgate.engines import make_engine
 from shardgate.shards import SEATS
 from shardgate.sql.dialect import Append, Guard, Key, Operation, Outcome, TailRead
@@ -223,11 +223,10 @@ class Crowd:
         return await answer
 
     def _depart(self) -> None:
-        """As our seats do: half of those who wait, while another connection is free."""
+        """Share out who waits as our seats do."""
         self._is_open = False
         while self._waiting and self._free:
-            share = len(self._waiting) if len(self._free) == 1 else -(-len(self._waiting) // 2)
-            most = min(MOST_TOGETHER, max(WORTH_A_SEAT, share))
+            most = share(len(self._waiting), free=len(self._free))
             going, self._waiting = self._waiting[:most], self._waiting[most:]
             flight = asyncio.create_task(self._fly(self._free.pop(), going))
             self._flights.add(flight)

@@ -137,9 +137,18 @@ class Flight:
     def land(self, error: Exception) -> None:
         """It is over. For those without an outcome there was this error."""
         for ticket in self._together:
-            if not ticket.done():  # most have theirs
-                ticket.fail(error)
+            ticket.fail(error)
         self._task, self._together = None, ()  # else it and its tickets would refer to each other
+
+
+def share(waiting: int, *, free: int) -> int:
+    """How many of those who wait go as one: while another seat is free, half, or what is worth one.
+
+    If all who have got their answers in one statement went in one again, the process and the
+    database would take turns, each with nothing to do meanwhile.
+    """
+    half = -(-waiting // 2)
+    return min(MOST_TOGETHER, max(WORTH_A_SEAT, half)) if free > 1 else MOST_TOGETHER
 
 
 class Seat:
@@ -229,16 +238,6 @@ class Lane(Generic[J, R]):
         flight.land(error if isinstance(error, Exception) else RuntimeError("no outcome"))
         self.give_back(seat)
 
-    def _share(self) -> int:
-        """How many of those who wait go as one: half of them, while another seat is free.
-
-        If all who have got their answers in one statement went in one again, the process and the
-        database would take turns, each with nothing to do meanwhile.
-        """
-        if len(self._taken) + 1 >= self._seats:
-            return MOST_TOGETHER
-        return min(MOST_TOGETHER, max(WORTH_A_SEAT, -(-len(self._waiting) // 2)))
-
     def _gather(self) -> list[Ticket[J, R]]:
         """The first who wait, as many as may go together; not those who have given up.
 
@@ -248,7 +247,7 @@ class Lane(Generic[J, R]):
         behind: list[Ticket[J, R]] = []
         identities: set[Hashable] = set()
         weight = 0
-        most = self._share()
+        most = share(len(self._waiting), free=self._seats - len(self._taken))
         while self._waiting and len(together) < most:
             ticket = self._waiting[0]
             if ticket.waits:

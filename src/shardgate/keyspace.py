@@ -165,7 +165,7 @@ class Keyspace:
         refusals: tuple[tuple[str, int], ...] = ()
         try:
             while True:
-                known = self.map or await self._read()
+                known = await self.known()
                 slot, h = locate(known, tenant_id, session_id)
                 name = known.owners[slot]
                 if name not in self.shards:

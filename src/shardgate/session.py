@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
 from secrets import token_hex
-from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, TypeVar
 
 from shardgate.engines import close_shared_engine, shared_engine
 from shardgate.errors import OutcomeUnknown, UsageError
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from agents.memory.session import SessionABC as SessionBase
     from sqlalchemy.ext.asyncio import AsyncEngine
 
+    from shardgate.gateway import Gateway
     from shardgate.sql.schema import Tables
     from shardgate.sql.transactions import Tail
 else:
@@ -283,20 +284,6 @@ class SessionKey:
     session_id: str
 
 
-class Performer(Protocol):
-    """A gateway, as far as its sessions know it."""
-
-    def _perform(
-        self,
-        keyspace: str,
-        tenant_id: str,
-        session_id: str,
-        act: Callable[Concatenate[Store, Place, P], Awaitable[T]],
-        *args: P.args,
-        **kwargs: P.kwargs,
-    ) -> Awaitable[T]: ...
-
-
 class GatewaySession(StoredSession):
     """One conversation of one tenant. Made by ``gateway.tenant(...).session(...)``.
 
@@ -309,7 +296,7 @@ class GatewaySession(StoredSession):
         tenant_id: str,
         session_id: str,
         *,
-        gateway: Performer,
+        gateway: Gateway,
         keyspace: str,
         session_settings: SessionSettings | dict[str, Any] | None = None,
         ensure_ascii: bool = True,

@@ -120,7 +120,7 @@ async def test_whoever_finds_a_seat_goes_at_once_and_the_others_together(
     assert sender.sent == []
     lane.give_back(seat)
     sender.arrive.set()
-    assert await asyncio.gather(*(ticket for ticket in tickets)) == ["a", "b", "c"]
+    assert await asyncio.gather(*tickets) == ["a", "b", "c"]
     await turn()
     assert sender.sent == [["a", "b", "c"]]
     assert all_free(lane)
@@ -136,7 +136,7 @@ async def test_a_statement_is_bounded(lane: Lane[Load, str], sender: Sender) -> 
         tickets.append(sender.ticket(name, MOST_BYTES))
         lane.wait(tickets[-1])
     lane.give_back(seat)
-    await asyncio.gather(*(ticket for ticket in tickets))
+    await asyncio.gather(*tickets)
     assert sender.sent == [many[:MOST_TOGETHER], many[MOST_TOGETHER:], ["x"], ["y"]]
 
 
@@ -147,7 +147,7 @@ async def test_answers_are_bounded_as_well(lane: Lane[Load, str], sender: Sender
     assert seat is not None
     tickets = queue(lane, sender, "a", "b", "c")
     lane.give_back(seat)
-    await asyncio.gather(*(ticket for ticket in tickets))
+    await asyncio.gather(*tickets)
     assert sender.sent == [["a", "b"], ["c"]]
 
 
@@ -159,7 +159,7 @@ async def test_the_same_identity_twice_is_not_in_one_statement(
     assert seat is not None
     tickets = queue(lane, sender, "a", "b", "a", "c")
     lane.give_back(seat)
-    await asyncio.gather(*(ticket for ticket in tickets))
+    await asyncio.gather(*tickets)
     assert sender.sent == [["a", "b"], ["a", "c"]]
 
 

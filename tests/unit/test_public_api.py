@@ -54,7 +54,7 @@ class Gateway
     shards: Mapping[str, Shard] (property)
     tenant(tenant_id: str, *, keyspace: str | None = None) -> Tenant
 class GatewaySession(StoredSession)
-    __init__(tenant_id: str, session_id: str, *, gateway: Performer, keyspace: str,
+    __init__(tenant_id: str, session_id: str, *, gateway: Gateway, keyspace: str,
         session_settings: SessionSettings | dict[str, Any] | None = None, ensure_ascii: bool =
         True) -> None
     async _deserialize_item(item: str) -> TResponseInputItem

@@ -200,7 +200,7 @@ def _told_to_stop() -> Iterator[None]:
     try:
         yield
     finally:
-        with suppress(NotImplementedError):
+        with suppress(NotImplementedError):  # Windows
             loop.remove_signal_handler(signal.SIGTERM)
 
 

@@ -213,14 +213,15 @@ class Dialect(ABC):
         """The data of a session's newest rows, newest first; None where the guard fails."""
 
     async def append_many(self, connection: Any, appends: Sequence[Append]) -> list[Outcome | None]:
-        """Several appends as one statement; of a session's, the earlier one goes first.
+        """Several appends as one statement; of a session's, the earlier one goes first. Only where
+        the dialect ``gathers``.
 
         None: somebody else holds the session; nothing has become of this append.
         """
         raise NotImplementedError
 
     async def tail_many(self, connection: Any, reads: Sequence[TailRead]) -> list[list[str] | None]:
-        """Several tails as one statement."""
+        """Several tails as one statement. Only where the dialect ``gathers``."""
         raise NotImplementedError
 
     @abstractmethod
