@@ -100,7 +100,8 @@ class Keyspace:
         self._stores = {
             name: Store(shard, operation_memory=operation_memory) for name, shard in shards.items()
         }
-        self._creates = creates
+        self._creates = creates  # until it has been done
+        self._all_well = False
         self._deadline = deadline
         self._look_seconds = min(_LOOK_SECONDS, _LOOK_SHARE * deadline)
         self._loading: asyncio.Task[KeyspaceMap] | None = None
@@ -123,6 +124,7 @@ class Keyspace:
         seconds = None if self.map is None else max(self._look_seconds, self._loading_took)
         reading = await consult(self.plan, self.shards, self._memory, seconds=seconds)
         self._judge(reading, began)
+        self._all_well = not (reading.down or reading.wrong)
         return reading
 
     async def known(self) -> KeyspaceMap:
@@ -406,21 +408,20 @@ class Keyspace:
         return self._loading
 
     async def _load(self) -> KeyspaceMap:
-        refused: OperatorError | None = None
-        if self._creates and self.map is None:
+        failed: ShardgateError | None = None
+        if self._creates and (self.map is None or self._all_well):
             # Where the keyspace exists, the shards that answer and fit are enough to serve.
             try:
                 await create(self.plan, self.shards)
-            except ShardUnavailable:
-                pass
-            except OperatorError as error:
-                refused = error
+                self._creates = False
+            except (ShardUnavailable, OperatorError) as error:
+                failed = error
         try:
             return await self._load_map()
         except KeyspaceNotCreated:
-            if refused is None:
+            if failed is None:
                 raise
-            raise refused from None
+            raise failed from None
 
     async def _load_map(self) -> KeyspaceMap:
         clock = asyncio.get_running_loop().time

@@ -91,7 +91,7 @@ def map_of(plan: Plan, reading: Reading) -> KeyspaceMap:
         KeyspaceNotCreated: shards answer, and none holds a map.
         OwnershipConflict: no shard that answers is one of this keyspace.
     """
-    if reading.usable:
+    if any(record.rows for record in reading.usable.values()):
         return build_map(plan, reading.usable)
     if reading.wrong:
         reasons = "; ".join(wrong.reason for wrong in reading.wrong.values())

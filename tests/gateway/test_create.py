@@ -26,10 +26,13 @@ from gateway.shards import (
     tables_at,
 )
 from shardgate import SQLAlchemySession, TablesMismatch, metadata, slotmap
+from shardgate.errors import ShardUnavailable
+from shardgate.shards import Shard
 from shardgate.slots import tenant_slots
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from conftest import MakeDatabases
     from gateway.conftest import Gateways
@@ -188,6 +191,46 @@ async def test_creation_that_broke_off_is_finished(
     await gateways.open(settings_at(urls))
     assert await owners(urls) == before
     await check_peers(urls)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+async def test_creation_that_an_opening_broke_off_is_finished_by_the_first_operations(
+    when: str, tmp_path: Path, gateways: Gateways, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shard does not answer, or its answer is lost, wherever that is: nobody is told that the
+    keyspace has not been created, and every shard serves as soon as it answers."""
+    steps = 0
+    lost_step = 0
+
+    def losing(step: Any) -> Any:
+        async def lose(shard: Shard, *args: Any, **kwargs: Any) -> Any:
+            nonlocal steps
+            steps += 1
+            is_lost = steps == lost_step
+            if is_lost and when == "before":
+                raise ShardUnavailable("the shard is away", shard=shard.name)
+            answer = await step(shard, *args, **kwargs)
+            if is_lost:
+                raise ShardUnavailable("the answer is lost", shard=shard.name)
+            return answer
+
+        return lose
+
+    monkeypatch.setattr(Shard, "tell", losing(Shard.tell))
+    monkeypatch.setattr(Shard, "ready", losing(Shard.ready))
+    while lost_step <= steps:
+        lost_step, steps = lost_step + 1, 0
+        urls = {name: f"sqlite+aiosqlite:///{tmp_path}/{lost_step}{name}.db" for name in "ab"}
+        gateway = await gateways.open(settings_at(urls))
+        await gateway.tenant("acme").session("chat-1").get_items()
+        for name in "ab":
+            session = gateway.tenant("acme").session(session_on(gateway, name))
+            await session.add_items([item(name)])
+            assert await session.get_items() == [item(name)]
+        await gateway.aclose()
+        await (await gateways.open(settings_at(urls))).aclose()
+        await check_peers(urls)
+    assert steps > len(urls)
 
 
 async def test_a_shard_that_somebody_else_has_just_made_is_not_taken_for_lost(

@@ -132,10 +132,11 @@ async def test_a_deadline_ends_the_wait(
     urls: dict[str, str], gateways: Gateways, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(recovery, "ORPHANED_SECONDS", NO_HANG)
-    gateway = await gateways.open(settings_at(urls, operation_deadline=1))
+    gateway = await gateways.open(settings_at(urls))
     session, ends = await session_between(gateway, *UP_TO_FENCE)
+    hasty = await gateways.open(settings_at(urls, create_tables=False, operation_deadline=2))
     with pytest.raises(ShardUnavailable, match="is being moved from shard 'b'") as caught:
-        await session.add_items([item("lost")])
+        await hasty.tenant("acme").session(session.key.session_id).add_items([item("lost")])
     assert caught.value.shard == "b"
     await recovery.end_move(ends)
     assert await session.get_items() == [item("before")]

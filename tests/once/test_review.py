@@ -265,8 +265,7 @@ async def test_own_engines_hide_parameters() -> None:
 
 @pytest.mark.backends("sqlite")
 async def test_a_deadline_within_a_long_transaction_leaves_no_lock(database: Database) -> None:
-    settings = gateway_settings([database.url], operation_deadline=0.25)
-    async with Gateway(settings) as gateway:
+    async with Gateway(gateway_settings([database.url])) as gateway:
         session: Any = gateway.tenant("acme").session("chat-1")
         old = [{"n": n} for n in range(200)]
         await session.add_items(old)

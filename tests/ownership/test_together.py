@@ -270,11 +270,10 @@ async def test_cancelled_and_late_callers_leave_nothing_behind(database: Databas
     """Some wait and some are under way when they are cancelled, and when the deadline passes."""
     async with HoldingProxy.in_front_of(database.url) as proxy:
         pool = {"pool_size": 1, "max_overflow": 0}
-        settings = settings_at(
-            {"one": proxy.url(database.url)}, engine_kwargs=pool, operation_deadline=2
-        )
+        settings = settings_at({"one": proxy.url(database.url)}, engine_kwargs=pool)
         async with Gateway(settings) as gateway:
             await session(gateway, "warm").add_items([item("warm")])
+            gateway.shards["one"].deadline = 2
             proxy.hold_next()
             flying = asyncio.create_task(session(gateway, "warm").add_items([item("late")]))
             await proxy.is_holding()
