@@ -16,6 +16,7 @@ Fixtures
     start_server     `await start_server(backend, durable=False)`: a server of its own, for tests
                      that stop or kill it; ended at teardown
     children         `harness.processes.Children`: `await children.run("module:function", [...])`
+    long_outages     servers that are killed may take as long to come back as a busy machine needs
     no_task_left     used by every test by itself: no asyncio task outlives its test
 
 Markers
@@ -238,6 +239,12 @@ async def start_server(pytestconfig: pytest.Config) -> AsyncIterator[StartServer
     yield start
     for server in started:
         server.close()
+
+
+@pytest.fixture
+def long_outages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How long a server takes to start is a question of the machine: more is ridden over."""
+    monkeypatch.setattr("shardgate.shards.Database.outage", 18.0)
 
 
 @pytest_asyncio.fixture

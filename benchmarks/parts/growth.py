@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from benchmarks.contestants.adk import ADK
@@ -14,8 +15,6 @@ from benchmarks.contestants.sdk import SDKSQLAlchemy, SDKSQLAlchemyKept
 from benchmarks.rounds import Cell, run_rounds
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from benchmarks.parts.cast import Run
     from benchmarks.servers import Servers
 
@@ -26,6 +25,8 @@ _ITEMS = 40_000
 """About how many items all histories have together, so that none grows much by the run itself."""
 _FEWEST = 8
 _SHARD_CALLERS = (1, 32, 512)
+_ROUNDS = 2
+"""How many rounds of histories and sessions there are for one of the other parts."""
 _STAGE_CONNECTIONS = 8
 """Stages of several sizes are open at the same time, and their callers are few."""
 
@@ -60,7 +61,7 @@ async def against_sessions(run: Run, servers: Servers) -> None:
 async def _compare(
     run: Run,
     part: str,
-    kinds: Iterable[type[Contestant]],
+    kinds: tuple[type[Contestant], ...],
     stages: dict[str, Stage],
     *,
     callers: int,
@@ -68,11 +69,16 @@ async def _compare(
     async with AsyncExitStack() as stack:
         cells = []
         for label, stage in stages.items():
-            ready = await stack.enter_async_context(run.cast(part, tuple(kinds), stage))
+            ready = await stack.enter_async_context(run.cast(part, kinds, stage))
             cells += [
                 Cell(contestant=contestant, callers=callers, label=label) for contestant in ready
             ]
-        run.results.slices += await run_rounds(part, cells, run.options, run.say)
+        # What is compared is one contestant's sizes: they are measured one right after the other,
+        # and oftener, because with so few callers the disk's moods are most of the spread.
+        order = [kind.key for kind in kinds]
+        cells.sort(key=lambda cell: order.index(cell.contestant.key))
+        options = replace(run.options, rounds=_ROUNDS * run.options.rounds)
+        run.results.slices += await run_rounds(part, cells, options, run.say)
 
 
 async def against_shards(run: Run, servers: Servers) -> None:

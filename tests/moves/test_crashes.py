@@ -292,12 +292,6 @@ async def kill_servers(
         assert crashes.killed > crashes.survived
 
 
-@pytest.fixture
-def long_outages(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A busy machine takes its time to start a server: clients ride over more than they would."""
-    monkeypatch.setattr("shardgate.shards.Database.outage", 18.0)
-
-
 @pytest.mark.usefixtures("long_outages")
 @pytest.mark.backends("postgresql-18", "mariadb")
 async def test_a_server_is_killed(

@@ -78,12 +78,14 @@ async def _rides_over(server: Any, kills: int) -> None:
             assert history.problems(await tenant.session(f"chat-{chat}").get_items()) == []
 
 
+@pytest.mark.usefixtures("long_outages")
 async def test_no_call_raises_while_a_shard_is_killed_and_restarted(
     backend: Backend, start_server: StartServer
 ) -> None:
     await _rides_over(await start_server(backend, durable=True), KILLS)
 
 
+@pytest.mark.usefixtures("long_outages")
 @pytest.mark.soak
 @pytest.mark.timeout(1800)
 async def test_no_call_raises_under_a_hundred_kills(

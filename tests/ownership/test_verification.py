@@ -405,6 +405,7 @@ async def test_a_shard_that_has_lost_everything(urls: dict[str, str], copies: Co
     assert (await at.remedy()).problem is None
 
 
+@pytest.mark.usefixtures("long_outages")
 @pytest.mark.backends("postgresql-18")
 async def test_a_failover_to_a_standby(
     databases: MakeDatabases, backend: Backend, start_server: StartServer
