@@ -134,7 +134,10 @@ async def test_a_deadline_ends_the_wait(
     monkeypatch.setattr(recovery, "ORPHANED_SECONDS", NO_HANG)
     gateway = await gateways.open(settings_at(urls))
     session, ends = await session_between(gateway, *UP_TO_FENCE)
-    hasty = await gateways.open(settings_at(urls, create_tables=False, operation_deadline=2))
+    hasty = gateways.make(settings_at(urls, create_tables=False, operation_deadline=1))
+    for shard in hasty.shards.values():
+        shard.deadline = NO_HANG  # it is waiting that ends after a second, and no answer is late
+    await hasty.open()
     with pytest.raises(ShardUnavailable, match="is being moved from shard 'b'") as caught:
         await hasty.tenant("acme").session(session.key.session_id).add_items([item("lost")])
     assert caught.value.shard == "b"

@@ -352,7 +352,10 @@ async def test_a_hint_that_leads_nowhere(moved: Moved) -> None:
     epoch = await fence(moved.source, moved.slot)
     await release(moved.source, moved.slot, target, epoch)
     settings = settings_at(moved.urls, slots=SLOTS, operation_deadline=1, create_tables=False)
-    async with Gateway(settings) as gateway:
+    gateway = Gateway(settings)
+    for shard in gateway.shards.values():
+        shard.deadline = 60  # it is following that ends after a second, and no answer is late
+    async with gateway:
         session = gateway.tenant("acme").session(moved.session_id)
         async with asyncio.timeout(10):
             with pytest.raises(OwnershipConflict, match=f"slot {moved.slot} .*no shard") as caught:

@@ -575,7 +575,7 @@ async def test_a_peer_that_refuses_statements_takes_nobody_with_it(
 
 
 @pytest.mark.backends("postgresql-18")
-@pytest.mark.parametrize("deadline", [2, 10])
+@pytest.mark.parametrize("deadline", [5, 10])
 async def test_a_restart_beside_a_peer_that_hangs(
     deadline: int, databases: MakeDatabases, backend: Backend, start_server: StartServer
 ) -> None:
