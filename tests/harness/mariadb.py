@@ -103,7 +103,8 @@ class MariaDBServer(LocalServer):
             account=self.account,
         )
         at_start = self._folder / "init.sql"
-        at_start.write_text(
+        at_start.write_text(  # not in the log: a replica that follows it would be without its user
+            "SET sql_log_bin = 0;\n"
             f"CREATE OR REPLACE USER '{self.user}'@'%' IDENTIFIED BY '{self._password}';\n"
             f"GRANT ALL PRIVILEGES ON *.* TO '{self.user}'@'%' WITH GRANT OPTION;\n"
         )
