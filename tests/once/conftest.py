@@ -40,7 +40,9 @@ class Wire:
 
 
 @pytest_asyncio.fixture
-async def proxied(kind: str, database: Database, engines: EngineMaker) -> AsyncIterator[Wire]:
+async def proxied(
+    kind: str, database: Database, engines: EngineMaker, long_outages: None
+) -> AsyncIterator[Wire]:
     past = await open_at({"kind": kind, "urls": [database.url], "engine_kwargs": POOL})
     await past.session().get_items()  # creates the tables
     async with HoldingProxy.in_front_of(database.url) as proxy:
