@@ -16,7 +16,7 @@ Fixtures
     start_server     `await start_server(backend, durable=False)`: a server of its own, for tests
                      that stop or kill it; ended at teardown
     children         `harness.processes.Children`: `await children.run("module:function", [...])`
-    long_outages     servers that are killed may take as long to come back as a busy machine needs
+    long_outages     what is killed or cut may take as long to come back as a busy machine needs
     no_task_left     used by every test by itself: no asyncio task outlives its test
 
 Markers
@@ -243,7 +243,7 @@ async def start_server(pytestconfig: pytest.Config) -> AsyncIterator[StartServer
 
 @pytest.fixture
 def long_outages(monkeypatch: pytest.MonkeyPatch) -> None:
-    """How long a server takes to start is a question of the machine: more is ridden over."""
+    """How long it takes until a server answers again is a question of the machine."""
     monkeypatch.setattr("shardgate.shards.Database.outage", 18.0)
 
 

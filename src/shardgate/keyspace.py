@@ -410,7 +410,8 @@ class Keyspace:
     async def _load(self) -> KeyspaceMap:
         failed: ShardgateError | None = None
         if self._creates and (self.map is None or self._all_well):
-            # Where the keyspace exists, the shards that answer and fit are enough to serve.
+            # Where the keyspace exists, the shards that answer and fit are enough to serve. What
+            # has broken off goes on when all do, so that nobody waits for one that does not.
             try:
                 await create(self.plan, self.shards)
                 self._creates = False
