@@ -75,8 +75,7 @@ async def _compare(
             ]
         # What is compared is one contestant's sizes: they are measured one right after the other,
         # and oftener, because with so few callers the disk's moods are most of the spread.
-        order = [kind.key for kind in kinds]
-        cells.sort(key=lambda cell: order.index(cell.contestant.key))
+        cells.sort(key=lambda cell: kinds.index(type(cell.contestant)))
         options = replace(run.options, rounds=_ROUNDS * run.options.rounds)
         run.results.slices += await run_rounds(part, cells, options, run.say)
 

@@ -25,8 +25,7 @@ from gateway.shards import (
     settings_at,
     tables_at,
 )
-from shardgate import SQLAlchemySession, TablesMismatch, metadata, slotmap
-from shardgate.errors import ShardUnavailable
+from shardgate import ShardUnavailable, SQLAlchemySession, TablesMismatch, metadata, slotmap
 from shardgate.shards import Shard
 from shardgate.slots import tenant_slots
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from gateway.conftest import Gateways
-from gateway.shards import item, named, session_on, settings_at
+from gateway.shards import item, named, patient, session_on, settings_at
 from shardgate import ShardUnavailable, recovery
 from shardgate.handover import Act
 from shardgate.recovery import Ends, look, new_mark, take_step
@@ -134,9 +134,7 @@ async def test_a_deadline_ends_the_wait(
     monkeypatch.setattr(recovery, "ORPHANED_SECONDS", NO_HANG)
     gateway = await gateways.open(settings_at(urls))
     session, ends = await session_between(gateway, *UP_TO_FENCE)
-    hasty = gateways.make(settings_at(urls, create_tables=False, operation_deadline=1))
-    for shard in hasty.shards.values():
-        shard.deadline = NO_HANG  # it is waiting that ends after a second, and no answer is late
+    hasty = patient(gateways.make(settings_at(urls, create_tables=False, operation_deadline=1)))
     await hasty.open()
     with pytest.raises(ShardUnavailable, match="is being moved from shard 'b'") as caught:
         await hasty.tenant("acme").session(session.key.session_id).add_items([item("lost")])

@@ -11,7 +11,7 @@ from sqlalchemy import event, update
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
 
-from gateway.shards import content, execute, item, named, records, session_on, settings_at
+from gateway.shards import content, execute, item, named, patient, records, session_on, settings_at
 from ownership.mover import decide, fence, finish, move, pass_barrier, read_slot, release, uuid_of
 from shardgate import (
     Gateway,
@@ -352,10 +352,7 @@ async def test_a_hint_that_leads_nowhere(moved: Moved) -> None:
     epoch = await fence(moved.source, moved.slot)
     await release(moved.source, moved.slot, target, epoch)
     settings = settings_at(moved.urls, slots=SLOTS, operation_deadline=1, create_tables=False)
-    gateway = Gateway(settings)
-    for shard in gateway.shards.values():
-        shard.deadline = 60  # it is following that ends after a second, and no answer is late
-    async with gateway:
+    async with patient(Gateway(settings)) as gateway:
         session = gateway.tenant("acme").session(moved.session_id)
         async with asyncio.timeout(10):
             with pytest.raises(OwnershipConflict, match=f"slot {moved.slot} .*no shard") as caught:
