@@ -77,8 +77,7 @@ R = TypeVar("R")
 class Ticket(asyncio.Future["R | Alone"], ABC, Generic[J, R]):
     """An operation that waits to be sent together with others: to be awaited for its outcome.
 
-    Whoever waits for it and gives up says so (``leave``). One that was cancelled is not sent any
-    more.
+    One that was cancelled is not sent any more, or leaves its flight.
     """
 
     __slots__ = ("flight", "load")
@@ -96,10 +95,12 @@ class Ticket(asyncio.Future["R | Alone"], ABC, Generic[J, R]):
     def board(self) -> None:
         """It is sent now: to be called the moment before."""
 
-    @property
-    def waits(self) -> bool:
-        """Whether anybody still wants the outcome, and has none."""
-        return not self.done()
+    def cancel(self, msg: Any = None) -> bool:
+        """As of any future."""
+        cancelled = super().cancel(msg)
+        if cancelled:
+            self.leave()
+        return cancelled
 
     def leave(self) -> None:
         """Nobody waits for the outcome any more."""
@@ -107,13 +108,13 @@ class Ticket(asyncio.Future["R | Alone"], ABC, Generic[J, R]):
             self.flight.end_if_left()
 
     def give(self, outcome: R | Alone) -> None:
-        """Tell the outcome, if anybody still wants it."""
-        if self.waits:
+        """Tell the outcome, if anybody still waits for one."""
+        if not self.done():
             self.set_result(outcome)
 
     def fail(self, error: Exception) -> None:
-        """Tell that there is none, if anybody still wants it."""
-        if self.waits:
+        """Tell that there is none, if anybody still waits for one."""
+        if not self.done():
             self.set_exception(error)
             self.exception()  # retrieved, in case that the caller is cancelled just now
 
@@ -131,13 +132,14 @@ class Flight:
 
     def end_if_left(self) -> None:
         """Cancel it, if it is without passengers: it would keep its connection from others."""
-        if self._task is not None and not any(ticket.waits for ticket in self._together):
+        if self._task is not None and all(ticket.done() for ticket in self._together):
             self._task.cancel()
 
     def land(self, error: Exception) -> None:
         """It is over. For those without an outcome there was this error."""
         for ticket in self._together:
-            ticket.fail(error)
+            if not ticket.done():  # as hardly any
+                ticket.fail(error)
         self._task, self._together = None, ()  # else it and its tickets would refer to each other
 
 
@@ -250,7 +252,7 @@ class Lane(Generic[J, R]):
         most = share(len(self._waiting), free=self._seats - len(self._taken))
         while self._waiting and len(together) < most:
             ticket = self._waiting[0]
-            if ticket.waits:
+            if not ticket.done():
                 load = ticket.load
                 if load.turn in self._turns:
                     behind.append(ticket)

@@ -49,6 +49,13 @@ def _end_later(task: asyncio.Task[Any], seconds: float | None) -> None:
     task.add_done_callback(lambda _: timer.cancel())
 
 
+class Expires(Protocol):
+    """What a deadline is for."""
+
+    def expire(self) -> None:
+        """Its time is up."""
+
+
 class Deadlines:
     """Ends what has been under way for too long; all have the same time for it.
 
@@ -59,16 +66,16 @@ class Deadlines:
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
         self._loop = asyncio.get_running_loop()
-        self._ends: dict[Underway[Any], float] = {}  # in their order
+        self._ends: dict[Expires, float] = {}  # in their order
         self._timer: asyncio.TimerHandle | None = None
 
-    def add(self, one: Underway[Any], began: float) -> None:
+    def add(self, one: Expires, began: float) -> None:
         """See to one that began then, by the event loop's clock."""
         end = self._ends[one] = began + self.seconds
         if self._timer is None:
             self._look_at(end)
 
-    def remove(self, one: Underway[Any]) -> None:
+    def remove(self, one: Expires) -> None:
         """It has come to its end."""
         self._ends.pop(one, None)
 

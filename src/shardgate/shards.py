@@ -12,7 +12,8 @@ import random
 from contextlib import asynccontextmanager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from sqlalchemy.exc import DBAPIError, OperationalError
@@ -201,24 +202,64 @@ class TailReads:
     @staticmethod
     def answer_bytes(answers: Sequence[list[str] | None]) -> int:
         """How much one answer has, on average."""
-        return sum(sum(map(len, rows or ())) for rows in answers) // len(answers)
+        return sum(map(len, chain.from_iterable(filter(None, answers)))) // len(answers)
 
 
 class _Ticket(Ticket[Any, Any]):
-    """An operation of a database that is sent with others."""
+    """An operation of a database that is sent with others.
 
-    __slots__ = ("_attempt", "_database")
+    Where its caller's own task waits for it (``holds``), it does what ``Underway`` does of an
+    operation by itself: once it is sent, a cancelled caller waits for the outcome of a write.
+    """
 
-    def __init__(self, attempt: Attempt, database: Database) -> None:
+    __slots__ = ("_attempt", "_database", "_deadlines", "_grace_timer", "_holds", "_left")
+
+    def __init__(
+        self,
+        attempt: Attempt,
+        database: Database,
+        deadlines: Deadlines | None = None,
+        *,
+        holds: bool = False,
+    ) -> None:
         super().__init__(attempt.act, loop=database.loop)
         self._attempt = attempt
         self._database = database
+        self._deadlines = deadlines
+        self._holds = holds
+        self._left: tuple[Any, ...] | None = None
+        self._grace_timer: asyncio.TimerHandle | None = None
+        if deadlines is not None:
+            deadlines.add(self, attempt.started)
 
     async def send(self, lane: Lane[Any, Any], together: Sequence[Ticket[Any, Any]]) -> None:
         await self._database._fly(self._attempt.kind, lane, together)
 
     def board(self) -> None:
         self._attempt.sent = True
+
+    def cancel(self, msg: Any = None) -> bool:
+        """The task that waits for it is cancelled, and asks it."""
+        if self.done() or not self._holds or not self._attempt.has_to_end():
+            return super().cancel(msg)
+        if self._left is None:
+            self._left = () if msg is None else (msg,)
+            grace, end = CANCELLED_SECONDS, super().cancel
+            self._grace_timer = self.get_loop().call_later(grace, end)
+        return True
+
+    def expire(self) -> None:
+        """Its time is up."""
+        self.fail(TimeoutError())
+        self.leave()
+
+    def end(self) -> tuple[Any, ...] | None:
+        """Nobody waits any more. Whether the caller was cancelled meanwhile, and with what."""
+        if self._deadlines is not None:
+            self._deadlines.remove(self)
+        if self._grace_timer is not None:
+            self._grace_timer.cancel()
+        return self._left
 
 
 class Line:
@@ -298,29 +339,24 @@ class Database:
         self.tables = tables
         self.state = state_of(engine)
         self.dialect = self.state.dialect(engine, tables)
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._here: LoopState | None = None
         self._deadlines: Deadlines | None = None
 
-    @property
+    @cached_property
     def loop(self) -> asyncio.AbstractEventLoop:
         """The event loop that uses this; it is one."""
-        if self._loop is None:
-            self._loop = asyncio.get_running_loop()
-        return self._loop
+        return asyncio.get_running_loop()
 
-    @property
+    @cached_property
     def here(self) -> LoopState:
         """What this event loop has of the engine."""
-        if self._here is None:
-            self._here = self.state.of_loop()
-        return self._here
+        return self.state.of_loop()
+
+    @cached_property
+    def _now(self) -> Callable[[], float]:
+        return self.loop.time
 
     def _attempt(self, act: Any = None, **more: Any) -> Attempt:
         return Attempt(self._now(), act, **more)
-
-    def _now(self) -> float:
-        return self.loop.time()
 
     def read(self, action: Callable[[Any], Awaitable[T]]) -> Coroutine[Any, Any, T]:
         """Run ``action`` on a driver's connection; it must not change anything."""
@@ -344,13 +380,16 @@ class Database:
         return self._at_once(attempt)
 
     def _operate(self, attempt: Attempt) -> Coroutine[Any, Any, Any]:
-        """Make an attempt: with others, where it may go with others, or by itself.
+        """Make an attempt: with others, where it may go with others, or by itself."""
+        return self._gathered(attempt) if self._goes_with_others(attempt) else self._single(attempt)
 
-        It goes by itself where it may be under way already: two of the same in one statement, or in
-        two that hold other sessions' rows, would be in each other's way.
+    def _goes_with_others(self, attempt: Attempt) -> bool:
+        """Whether it may be sent together with others.
+
+        It may not where it may be under way already: two of the same in one statement, or in two
+        that hold other sessions' rows, would be in each other's way.
         """
-        by_itself = attempt.alone or attempt.lost or not self.coalesce or not self.dialect.gathers
-        return self._single(attempt) if by_itself else self._gathered(attempt)
+        return self.coalesce and self.dialect.gathers and not (attempt.alone or attempt.lost)
 
     async def _gathered(self, attempt: Attempt) -> Any:
         """Send one operation: at once if a seat is free, else with those who wait for one too."""
@@ -365,9 +404,6 @@ class Database:
         lane.wait(ticket)
         try:
             outcome = await ticket
-        except asyncio.CancelledError:
-            ticket.leave()
-            raise
         finally:
             del ticket  # the traceback of its error leads here
         if outcome is not ALONE:
@@ -392,7 +428,7 @@ class Database:
 
         async def act(connection: Any) -> Sequence[Any]:
             for ticket in tickets:
-                if ticket.waits:
+                if not ticket.done():
                     aboard.append(ticket)
                     ticket.board()
             loads = [ticket.load for ticket in aboard]
@@ -473,17 +509,38 @@ class Database:
         """
         if not self._serves(attempt):
             return await self._settled(self._operate, attempt)
+        lane = self._lane(attempt.kind) if self._goes_with_others(attempt) else None
+        seat = None if lane is None else lane.take_seat(attempt.act)
+        deadlines = self._deadlines_now()
         try:
-            answer = await Underway(
-                self._operate(attempt),
-                attempt,
-                self.loop,
-                grace=CANCELLED_SECONDS,
-                deadlines=self._deadlines_now(),
-                began=attempt.started,
-            )
+            if lane is not None and seat is None:
+                ticket = _Ticket(attempt, self, deadlines, holds=True)
+                lane.wait(ticket)
+                try:
+                    answer = await ticket
+                finally:
+                    left = ticket.end()
+                    del ticket  # the traceback of its error leads here
+                    if left is not None:
+                        raise asyncio.CancelledError(*left)
+            else:
+                try:
+                    answer = await Underway(
+                        self._single(attempt),
+                        attempt,
+                        self.loop,
+                        grace=CANCELLED_SECONDS,
+                        deadlines=deadlines,
+                        began=attempt.started,
+                    )
+                finally:
+                    if lane is not None and seat is not None:
+                        lane.give_back(seat)
         except Exception as error:  # noqa: BLE001 - _run sees to it
             return await self._settled(self._operate, attempt, failed=error)
+        if answer is ALONE:
+            attempt.alone, attempt.sent = True, False
+            return await self._settled(self._operate, attempt)
         self._has_answered()
         return answer
 
@@ -944,12 +1001,12 @@ class Shard(Database):
 
     def _serves(self, attempt: Attempt) -> bool:
         """Whether the shard is not known to be down; raises ShardQuarantined where it refuses."""
-        if not attempt.about_the_shard:
-            self.refuse(writes=attempt.writes)
+        if self.quarantine is not None and not attempt.about_the_shard:
+            self._refuse(self.quarantine, writes=attempt.writes)
         return self._outage is None
 
     def _has_answered(self) -> None:
-        super()._has_answered()
+        self.state.answered = self._now()
         self._outage = None
 
     def refuse(self, *, writes: bool) -> None:

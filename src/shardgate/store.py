@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from shardgate.errors import UsageError
-from shardgate.items import decode
+from shardgate.items import decode, decode_all
 from shardgate.purge import OPERATION_MEMORY, purge_of
 from shardgate.sql import transactions
 from shardgate.sql.dialect import Append, Operation, Outcome, TailRead
@@ -103,7 +103,7 @@ class Store:
     async def _decoded(self, key: Key, newest_first: Sequence[str], codec: Codec) -> list[Any]:
         if codec.is_json:
             with suppress(*_NO_ITEM):
-                return [decode(data) for data in reversed(newest_first)]
+                return decode_all(reversed(newest_first))
         items, skipped = [], 0
         for data in reversed(newest_first):
             try:
