@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import sys
-import warnings
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -14,6 +12,7 @@ from benchmarks import about, charts, readme, report
 from benchmarks.options import read_options
 from benchmarks.parts import exchange, growth, moves, routing, wal
 from benchmarks.parts.cast import Run
+from benchmarks.players import quieten
 from benchmarks.results import Results
 from benchmarks.servers import MissingError, Servers
 
@@ -61,7 +60,7 @@ async def _part(
 def main() -> None:
     """Run the benchmark; exits with 1 where a contestant of ours failed."""
     options = read_options()
-    _quieten()
+    quieten()
     console = Console()
     results = asyncio.run(measure(options, console))
     options.results.mkdir(parents=True, exist_ok=True)
@@ -73,12 +72,6 @@ def main() -> None:
         readme.write(results, drawn)
     console.print(f"figures and charts: {options.results}")
     sys.exit(1 if report.ours_failed(results) else 0)
-
-
-def _quieten() -> None:
-    """The peers' words of experiments and telemetry are not about this run."""
-    warnings.filterwarnings("ignore")
-    logging.basicConfig(level=logging.ERROR)
 
 
 if __name__ == "__main__":

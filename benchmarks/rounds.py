@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import gc
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from benchmarks.load import run_slice
+from benchmarks.players import Player
+from harness.processes import Children
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from benchmarks.contestants.base import Contestant
     from benchmarks.load import Slice
     from benchmarks.options import Options
+
+_SECONDS_TO_START = 60
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,26 +32,20 @@ async def run_rounds(
     part: str, cells: list[Cell], options: Options, progress: Callable[[str], None]
 ) -> list[Slice]:
     """Warm every contestant up, and then measure every cell once in each round."""
-    for contestant in {id(cell.contestant): cell.contestant for cell in cells}.values():
-        progress(f"{part}: warming up {contestant.title}")
-        callers = min(contestant.connections, len(contestant.names))
-        await run_slice(contestant, part=part, callers=callers, seconds=options.warm_up)
-    gc.collect()
-    gc.freeze()  # what the peers' packages hold is no contestant's cost
     slices = []
-    for number in range(options.rounds):
-        for cell in _in_turn(cells, number):
-            progress(f"{part}: round {number + 1} of {options.rounds}, {cell.callers} callers")
-            measured = await run_slice(
-                cell.contestant,
-                part=part,
-                callers=cell.callers,
-                seconds=options.seconds,
-                label=cell.label,
-            )
-            measured.round = number
-            slices.append(measured)
-    gc.unfreeze()
+    async with Children(seconds=_SECONDS_TO_START) as children:
+        players: dict[Contestant, Player] = {}
+        for contestant in {cell.contestant: None for cell in cells}:
+            progress(f"{part}: warming up {contestant.title}")
+            players[contestant] = await Player.start(contestant, children, warm_up=options.warm_up)
+        for number in range(options.rounds):
+            for cell in _in_turn(cells, number):
+                progress(f"{part}: round {number + 1} of {options.rounds}, {cell.callers} callers")
+                measured = await players[cell.contestant].slice(
+                    part=part, callers=cell.callers, seconds=options.seconds, label=cell.label
+                )
+                measured.round = number
+                slices.append(measured)
     return slices
 
 

@@ -42,29 +42,46 @@ def names(count: int, tenants: int = TENANTS) -> list[Name]:
 class Stage:
     """Where a contestant plays: on which databases, and what they hold at the start.
 
-    Contestants that use the same tables share a database, which is loaded once.
+    Contestants that use the same tables share a database, which is loaded once. ``shards`` are
+    databases of ``spread_over`` servers. In a contestant's own process there are no ``servers``:
+    everything is there and loaded.
     """
 
-    servers: Servers
+    servers: Servers | None
     family: str = "postgresql"
     connections: int = 32
     sessions: int = 1_000
     history: int = 20
     tenants: int = TENANTS
+    shards: int = 1
+    spread_over: int = 1
     urls: dict[str, str] = field(default_factory=dict)
+    stores: dict[str, str] = field(default_factory=dict)
 
     async def database(self, label: str, *, server: int = 0) -> tuple[str, bool]:
         """The URL of the database of this label, and whether it is new."""
         new = label not in self.urls
         if new:
+            if self.servers is None:
+                raise LookupError(f"the database {label!r} was not made beforehand")
             on_server = {"server": server} if self.family == "postgresql" else {}
             make: Callable[..., Awaitable[str]] = getattr(self.servers, self.family)
             self.urls[label] = await make(**on_server)
         return self.urls[label], new
 
+    async def redis(self, *, durable: bool) -> tuple[str, bool]:
+        """The URL of a Redis, and whether it is new here."""
+        label = f"redis, durable={durable}"
+        new = label not in self.stores
+        if new:
+            if self.servers is None:
+                raise LookupError(f"{label!r} was not started beforehand")
+            self.stores[label] = await self.servers.redis(durable=durable)
+        return self.stores[label], new
+
     async def clear(self) -> None:
         """Drop the databases on PostgreSQL: what is left lying about is vacuumed by the next."""
-        if self.family == "postgresql":
+        if self.family == "postgresql" and self.servers is not None:
             for url in self.urls.values():
                 await self.servers.drop_postgresql(url)
 
@@ -78,7 +95,8 @@ class Session(Protocol):
 
 
 class Contestant(ABC):
-    """Somebody who keeps histories. ``open`` leaves ``stage.sessions`` sessions loaded."""
+    """Somebody who keeps histories. ``open`` leaves ``stage.sessions`` sessions loaded; it may be
+    opened again after ``close``, in another process for one."""
 
     key: ClassVar[str]
     title: ClassVar[str]

@@ -38,17 +38,15 @@ class ThroughGateway(Contestant):
     durability: ClassVar[str] = DURABLE
     coalesce: ClassVar[bool] = True
 
-    def __init__(self, stage: Stage, *, shards: int = 1, servers: int = 1) -> None:
+    def __init__(self, stage: Stage) -> None:
         super().__init__(stage)
-        self._shards = shards
-        self._servers = servers
         self.urls: dict[str, str] = {}
 
     async def open(self) -> None:
-        new = False
-        for number in range(self._shards):
-            label = "shardgate" if self._shards == 1 else f"shardgate-{number}-of-{self._shards}"
-            url, new = await self.stage.database(label, server=number % self._servers)
+        new, shards = False, self.stage.shards
+        for number in range(shards):
+            label = "shardgate" if shards == 1 else f"shardgate-{number}-of-{shards}"
+            url, new = await self.stage.database(label, server=number % self.stage.spread_over)
             self.urls[f"shard_{number:03d}"] = url
         self.gateway = Gateway(settings_at(self.urls, self.connections, coalesce=self.coalesce))
         await self.gateway.create_tables()

@@ -26,6 +26,7 @@ from benchmarks.contestants.ours import DURABLE, ThroughGateway
 from benchmarks.servers import driver_url
 from shardgate.coalescing import share
 from shardgate.engines import make_engine
+from shardgate.items import decode, encode
 from shardgate.shards import SEATS
 from shardgate.sql.dialect import Append, Guard, Key, Operation, Outcome, TailRead
 from shardgate.sql.mysql import MySQL
@@ -76,15 +77,13 @@ class Raw(Contestant):
 
     durability: ClassVar[str] = DURABLE
 
-    def __init__(self, stage: Stage, *, shards: int = 1, servers: int = 1) -> None:
+    def __init__(self, stage: Stage) -> None:
         super().__init__(stage)
-        self._shards = shards
-        self._servers = servers
         self.shelves: dict[str, Shelf] = {}
         self.spots: dict[Name, Spot] = {}
 
     async def open(self) -> None:
-        gateway = ThroughGateway(self.stage, shards=self._shards, servers=self._servers)
+        gateway = ThroughGateway(self.stage)
         await gateway.open()  # makes and fills the tables, unless they are there
         try:
             owners = await _owners(gateway.gateway)
@@ -98,7 +97,7 @@ class Raw(Contestant):
             await gateway.close()
         self.prepare(next(iter(gateway.urls.values())))
         for shard, shelf in self.shelves.items():
-            for _ in range(max(1, self.connections // self._shards)):
+            for _ in range(max(1, self.connections // self.stage.shards)):
                 shelf.add(await self.connect(gateway.urls[shard]))
 
     async def close(self) -> None:
@@ -178,6 +177,17 @@ class AsyncpgSession:
             raise LookupError("the guard refused a session that lives here")
 
 
+def _append(spot: Spot, items: list[Any]) -> Append:
+    data = [encode(item) for item in items]
+    operation, incarnation = Operation(secrets.token_hex(16), "append"), secrets.randbits(63)
+    return Append(spot.key, spot.guard, operation, data, incarnation)
+
+
+def _check(outcome: Outcome | None) -> None:
+    if outcome is not Outcome.DONE:
+        raise LookupError("the guard refused a session that lives here")
+
+
 class RawTogether(RawPostgreSQL):
     """asyncpg, with our statements for many operations: what is left to a gateway that gathers.
 
@@ -249,14 +259,10 @@ class CrowdSession:
 
     async def get_items(self, limit: int | None = None) -> list[Any]:
         rows = await self.raw.reads.join(TailRead(self.spot.key, self.spot.guard, limit))
-        return [json.loads(data) for data in reversed(rows or [])]
+        return [decode(data) for data in reversed(rows or [])]
 
     async def add_items(self, items: list[Any]) -> None:
-        data = [json.dumps(item, separators=(",", ":")) for item in items]
-        operation, incarnation = Operation(uuid4().hex, "append"), secrets.randbits(63)
-        append = Append(self.spot.key, self.spot.guard, operation, data, incarnation)
-        if await self.raw.appends.join(append) is not Outcome.DONE:
-            raise LookupError("the guard refused a session that lives here")
+        _check(await self.raw.appends.join(_append(self.spot, items)))
 
 
 class RawMariaDB(Raw):

@@ -73,14 +73,15 @@ class SDKRedis(Contestant):
 
     async def open(self) -> None:
         self._make = require("agents.extensions.memory.redis_session").RedisSession
-        url = await self.stage.servers.redis(durable=self.durable)
+        url, new = await self.stage.redis(durable=self.durable)
         redis: Any = require("redis.asyncio")
         pool = redis.BlockingConnectionPool.from_url(
             url, max_connections=self.connections, timeout=SECONDS_FOR_A_CONNECTION
         )
         self._client = redis.Redis.from_pool(pool)
-        await self._client.flushdb()
-        await self.load()
+        if new:
+            await self._client.flushdb()
+            await self.load()
 
     def session(self, name: Name) -> Session:
         made: Session = self._make(name.text, redis_client=self._client)

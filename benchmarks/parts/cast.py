@@ -29,37 +29,26 @@ class Run:
     async def cast(
         self, part: str, kinds: Sequence[type[Contestant]], stage: Stage
     ) -> AsyncIterator[list[Contestant]]:
-        """Those of ``kinds`` that can play, loaded and checked; the others are noted."""
-        chosen = [kind(stage) for kind in kinds if self.options.chosen(kind.key)]
-        async with self.opened(part, chosen, stage) as ready:
-            yield ready
-
-    @asynccontextmanager
-    async def opened(
-        self, part: str, chosen: Sequence[Contestant], stage: Stage
-    ) -> AsyncIterator[list[Contestant]]:
-        """The same for contestants that were made by hand."""
+        """Those of ``kinds`` that can play, loaded, checked and closed; the others are noted."""
         ready: list[Contestant] = []
         try:
-            for contestant in chosen:
+            for contestant in [kind(stage) for kind in kinds if self.options.chosen(kind.key)]:
                 self.say(f"{part}: loading {contestant.title}")
-                if await self._open(part, contestant):
+                if await self._load(part, contestant):
                     ready.append(contestant)
             if stage.family == "postgresql":
                 await settle(list(stage.urls.values()))
             yield ready
         finally:
-            for contestant in ready:
-                await contestant.close()
             await stage.clear()
 
-    async def _open(self, part: str, contestant: Contestant) -> bool:
+    async def _load(self, part: str, contestant: Contestant) -> bool:
         results = self.results
         results.titles.setdefault(part, {})[contestant.key] = contestant.title
         results.durability[contestant.title] = contestant.durability
         try:
-            await contestant.open()
-            await verify(contestant, contestant.names[-1])
+            async with opened(contestant):
+                await verify(contestant, contestant.names[-1])
         except MissingError as error:
             self._miss(part, contestant, str(error))
         except Exception as error:  # noqa: BLE001 - a peer that cannot be used here is shown as such
@@ -70,6 +59,16 @@ class Run:
 
     def _miss(self, part: str, contestant: Contestant, reason: str) -> None:
         self.results.missing.setdefault(part, {})[contestant.title] = reason
+
+
+@asynccontextmanager
+async def opened(contestant: Contestant) -> AsyncIterator[None]:
+    """Open it, in this process."""
+    await contestant.open()
+    try:
+        yield
+    finally:
+        await contestant.close()
 
 
 def _first_line(error: Any) -> str:

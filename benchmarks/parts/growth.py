@@ -87,17 +87,17 @@ async def against_shards(run: Run, servers: Servers) -> None:
         cells = []
         for shards in options.shards:
             stage = Stage(
-                servers=servers, connections=options.connections, sessions=options.usual_sessions
+                servers=servers,
+                connections=options.connections,
+                sessions=options.usual_sessions,
+                shards=shards,
+                spread_over=options.servers,
             )
-            chosen = [
-                kind(stage, shards=shards, servers=options.servers)
-                for kind in OVER_SHARDS
-                if options.chosen(kind.key)
-            ]
-            opened = run.opened("shards", chosen, stage)
             cells += [
                 Cell(contestant=contestant, callers=callers, label=f"{shards}")
-                for contestant in await stack.enter_async_context(opened)
+                for contestant in await stack.enter_async_context(
+                    run.cast("shards", OVER_SHARDS, stage)
+                )
                 for callers in _SHARD_CALLERS
             ]
         run.results.slices += await run_rounds("shards", cells, options, run.say)

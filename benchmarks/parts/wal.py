@@ -15,6 +15,7 @@ from benchmarks.contestants.ours import StandAlone, ThroughGateway
 from benchmarks.contestants.raw import RawPostgreSQL
 from benchmarks.contestants.sdk import SDKSQLAlchemyKept
 from benchmarks.load import ANSWER, READ, run_slice
+from benchmarks.parts.cast import opened
 from benchmarks.servers import driver_url
 
 if TYPE_CHECKING:
@@ -46,7 +47,8 @@ async def _bytes(run: Run, servers: Servers) -> None:
     async with run.cast("wal", KINDS, stage) as contestants, _watching(stage) as watch:
         for contestant in contestants:
             run.say(f"wal: {contestant.title}")
-            run.results.wal.append(await _wal(contestant, watch, run.options.appends))
+            async with opened(contestant):
+                run.results.wal.append(await _wal(contestant, watch, run.options.appends))
 
 
 @asynccontextmanager
@@ -92,7 +94,8 @@ async def _multixacts(run: Run, servers: Servers, tenants: int) -> None:
         for contestant in contestants:
             for callers in _CALLERS:
                 run.say(f"wal: multixacts of {callers} callers, {tenants} tenants")
-                made = await _locking(run, contestant, callers, watch)
+                async with opened(contestant):
+                    made = await _locking(run, contestant, callers, watch)
                 run.results.multixacts.append({"tenants": tenants, "callers": callers, **made})
 
 

@@ -103,11 +103,14 @@ class Children:
         for child in self._all:
             await child.end()
 
-    async def start(self, target: str) -> Child:
-        """Start a process and wait until its function is imported; ``go`` then runs it."""
+    async def start(self, target: str, *, warnings: str = "error") -> Child:
+        """Start a process and wait until its function is imported; ``go`` then runs it.
+
+        ``warnings``: what becomes of Python's, as for its option ``-W``.
+        """
         process = await asyncio.create_subprocess_exec(
             sys.executable,
-            *("-W", "error", "-m", "harness.child", target, str(os.getpid())),
+            *("-W", warnings, "-m", "harness.child", target, str(os.getpid())),
             stdin=PIPE,
             stdout=PIPE,
             stderr=PIPE,
