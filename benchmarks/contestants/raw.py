@@ -179,8 +179,8 @@ class AsyncpgSession:
 
 def _append(spot: Spot, items: list[Any]) -> Append:
     data = [encode(item) for item in items]
-    operation, incarnation = Operation(secrets.token_hex(16), "append"), secrets.randbits(63)
-    return Append(spot.key, spot.guard, operation, data, incarnation)
+    operation = Operation(secrets.token_hex(16), "append")
+    return Append(spot.key, spot.guard, operation, data)
 
 
 def _check(outcome: Outcome | None) -> None:
@@ -308,7 +308,6 @@ class AiomysqlSession:
 
     async def add_items(self, items: list[Any]) -> None:
         data = [json.dumps(item, separators=(",", ":")) for item in items]
-        operation, incarnation = Operation(uuid4().hex, "append"), secrets.randbits(63)
-        append = Append(self.spot.key, self.spot.guard, operation, data, incarnation)
+        append = Append(self.spot.key, self.spot.guard, Operation(uuid4().hex, "append"), data)
         async with self.spot.shelf.one() as connection:
             await self.raw.dialect.append(connection, append)

@@ -89,7 +89,7 @@ async def against_shards(run: Run, servers: Servers) -> None:
             stage = Stage(
                 servers=servers,
                 connections=options.connections,
-                sessions=options.usual_sessions,
+                sessions=max(options.usual_sessions, *_SHARD_CALLERS),
                 shards=shards,
                 spread_over=options.servers,
             )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from sqlalchemy import text
 
@@ -26,10 +26,9 @@ from shardgate.slots import check_session_id, check_tenant_id
 from shardgate.sql.schema import TableNames, build_tables
 
 T = TypeVar("T")
-P = ParamSpec("P")
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Coroutine, Mapping
+    from collections.abc import Callable, Mapping
 
     from agents.memory import SessionSettings
     from sqlalchemy import URL
@@ -37,7 +36,6 @@ if TYPE_CHECKING:
 
     from shardgate.slotmap import Reading
     from shardgate.sql.transactions import SessionInfo
-    from shardgate.store import Place, Store
 
     EngineFactory = Callable[[str, URL, dict[str, Any]], AsyncEngine]
     """Makes a shard's engine from its name, its URL and its engine options."""
@@ -271,23 +269,15 @@ class Gateway:
         owned = sum(row.owner == record.uuid for row in record.rows)
         return known(slots=owned, map_version=record.identity.map_version)
 
-    def _perform(
-        self,
-        keyspace: str,
-        tenant_id: str,
-        session_id: str,
-        act: Callable[Concatenate[Store, Place, P], Awaitable[T]],
-        *args: P.args,
-        **kwargs: P.kwargs,
-    ) -> Coroutine[Any, Any, T]:
+    def _in_use(self, keyspace: str) -> Keyspace:
+        """The keyspace, for an operation that begins now."""
         self._check_use()
-        return self._keyspaces[keyspace].perform(tenant_id, session_id, act, *args, **kwargs)
+        return self._keyspaces[keyspace]
 
     async def _list(
         self, keyspace: str, tenant_id: str, limit: int, after: Any, *, partial_: bool
     ) -> tuple[list[list[SessionInfo]], tuple[str, ...]]:
-        self._check_use()
-        survey = self._keyspaces[keyspace].survey
+        survey = self._in_use(keyspace).survey
         return await survey(tenant_id, limit=limit, after=after, partial_=partial_)
 
     def _check_use(self) -> None:

@@ -38,11 +38,11 @@ from shardgate.handover import DRAINING, OWNED
 from shardgate.purge import end_purge, purge_all
 from shardgate.records import ADMITTED, admit, owned_slots, standing, testify
 from shardgate.recovery import wait_for_move
-from shardgate.router import locate, route
+from shardgate.router import route
 from shardgate.settling import together
 from shardgate.shards import UNANSWERED, OutdatedError, Quarantine, ask_all
 from shardgate.slotmap import conflict, consult, map_of, not_named, unnamed_owners
-from shardgate.slots import from_signed, slot_of, tenant_slots
+from shardgate.slots import from_signed, session_hash, slot_of, tenant_slots, to_signed
 from shardgate.sql.dialect import Guard, Key
 from shardgate.sql.transactions import RefusedError
 from shardgate.store import Place, Store
@@ -108,6 +108,7 @@ class Keyspace:
         self._loading_took = 0.0
         self._owned: dict[str, tuple[int, frozenset[int]]] = {}
         self._watches: dict[tuple[str, int], asyncio.Task[SlotRow]] = {}
+        self._guards: dict[int, Guard] = {}
         self._memory = Memory()
         for shard in shards.values():
             shard.verify = self._verify
@@ -144,15 +145,27 @@ class Keyspace:
         removed = await together(map(purge_all, self._stores.values()))
         return dict(zip(self._stores, removed, strict=True))
 
+    def key_of(self, tenant_id: str, session_id: str) -> Key:
+        """A session's key. The caller has checked the ids."""
+        plan = self.plan
+        h = session_hash(tenant_id, session_id, slots=plan.slots, spread=plan.spread)
+        return Key(tenant_id, session_id, to_signed(h))
+
+    def _guard(self, slot: int, owner: str) -> Guard:
+        """One for all operations on a slot: each would keep its own while it waits."""
+        guard = self._guards.get(slot)
+        if guard is None or guard.owner != owner:
+            guard = self._guards[slot] = Guard(slot, owner)
+        return guard
+
     async def perform(
         self,
-        tenant_id: str,
-        session_id: str,
+        key: Key,
         act: Callable[Concatenate[Store, Place, P], Awaitable[T]],
         *args: P.args,
         **kwargs: P.kwargs,
     ) -> T:
-        """Run ``act`` where the session lives, following it for as long as the deadline allows.
+        """Run ``act`` where a session lives, following it for as long as the deadline allows.
 
         Raises:
             OutcomeUnknown: a write was sent, and whatever came of it after that, nobody has said
@@ -167,17 +180,18 @@ class Keyspace:
         refusals: tuple[tuple[str, int], ...] = ()
         try:
             while True:
-                known = await self.known()
-                slot, h = locate(known, tenant_id, session_id)
+                known = self.map or await self._read()
+                slot = slot_of(from_signed(key.h), known.slots)
                 name = known.owners[slot]
                 if name not in self.shards:
                     raise self._not_named(known, name)
-                self._reconsider(self.shards[name])
-                place = Place(Key(tenant_id, session_id, h), Guard(slot, known.uuids[name]))
+                if self.shards[name].quarantine is not None:
+                    self._reconsider(self.shards[name])
+                place = Place(key, self._guard(slot, known.uuids[name]))
                 try:
                     return await act(self._stores[name], place, *args, **kwargs)
                 except RefusedError:
-                    where = route(known, tenant_id, session_id)
+                    where = route(known, key.tenant_id, key.session_id)
                     refusals += ((name, where.epoch),)
                     if monotonic() > give_up:
                         raise self._not_found(where, refusals) from None
@@ -186,7 +200,7 @@ class Keyspace:
                     if (await self.known()).owners[slot] == name:
                         raise
                     continue
-                await self._learn(known, where, tenant_id, seconds=give_up - monotonic())
+                await self._learn(known, where, key.tenant_id, seconds=give_up - monotonic())
         except ShardgateError as error:
             unanswered = UNANSWERED.get()
             if unanswered is None or unanswered is before or isinstance(error, OutcomeUnknown):

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
-from secrets import token_hex
+from os import urandom
 from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, TypeVar
 
 from shardgate.engines import close_shared_engine, shared_engine
@@ -306,6 +306,7 @@ class GatewaySession(StoredSession):
         self._keyspace = keyspace
         self._tenant_id = tenant_id
         self._own_id = check_session_id(session_id)
+        self._key: Key | None = None
         self.session_id = f"{tenant_id}/{session_id}"
 
     @property
@@ -322,9 +323,10 @@ class GatewaySession(StoredSession):
         *args: P.args,
         **kwargs: P.kwargs,
     ) -> Awaitable[T]:
-        return self._gateway._perform(
-            self._keyspace, self._tenant_id, self._own_id, act, *args, **kwargs
-        )
+        keyspace = self._gateway._in_use(self._keyspace)
+        if self._key is None:
+            self._key = keyspace.key_of(self._tenant_id, self._own_id)
+        return keyspace.perform(self._key, act, *args, **kwargs)
 
 
 class SQLAlchemySession(StoredSession):
@@ -412,7 +414,7 @@ class SQLAlchemySession(StoredSession):
 
 
 def _operation(kind: Literal["append", "pop", "clear", "replace", "delete"]) -> Operation:
-    return Operation(token_hex(16), kind)
+    return Operation(urandom(16).hex(), kind)
 
 
 def _append_operation(idempotency_key: object, data: list[str]) -> Operation:

@@ -418,7 +418,8 @@ class Database:
         return self._alone(attempt) if attempt.writes else self._once(attempt)
 
     async def _fly(self, kind: Any, lane: Lane[J, Any], tickets: Sequence[Ticket[J, Any]]) -> None:
-        """Send several operations as one statement.
+        """Send several operations as one statement. Each has its own deadline: when that of the
+        last one has passed, this is cancelled.
 
         Where it is not known whether it has arrived, or it could not be sent, each operation gets
         the error, and does about it what it would do by itself. Any other error may be another
@@ -442,8 +443,7 @@ class Database:
 
         attempt = self._attempt(act, writes=kind.writes)
         try:
-            async with asyncio.timeout(self.deadline):
-                outcomes = await self._once(attempt)
+            outcomes = await self._once(attempt)
         except Exception as error:
             if not attempt.sent or self._is_unanswered(error):
                 raise

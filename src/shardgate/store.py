@@ -6,7 +6,6 @@ Items come and go as text; what they mean is the session's business.
 from __future__ import annotations
 
 import logging
-import secrets
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -33,7 +32,6 @@ T = TypeVar("T")
 logger = logging.getLogger("shardgate")
 
 _OPTIMISTIC_POPS = 3
-_INCARNATION_BITS = 63
 _NO_ITEM = (ValueError, TypeError, RecursionError)
 
 
@@ -119,8 +117,7 @@ class Store:
         Raises:
             UsageError: the operation's id has been used before, for something else.
         """
-        incarnation = secrets.randbits(_INCARNATION_BITS)
-        append = Append(place.key, place.guard, operation, items, incarnation)
+        append = Append(place.key, place.guard, operation, items)
         outcome = await self.database.append(append)
         self._count_write()
         if outcome is not Outcome.DONE:

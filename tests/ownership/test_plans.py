@@ -130,7 +130,7 @@ async def hot_statements(shard: Shard, place: Place) -> list[tuple[str, tuple[An
     """The real statements of the four hot operations, with their real parameters."""
     recorder, dialect = Recorder(), shard.dialect
     new = Operation("new append", "append")
-    await dialect.append(recorder, Append(place.key, place.guard, new, ['{"n": 2}'], 7))
+    await dialect.append(recorder, Append(place.key, place.guard, new, ['{"n": 2}']))
     await dialect.pop(recorder, place.key, place.guard, Operation("new pop", "pop"))
     await dialect.clear(recorder, place.key, place.guard, Operation("new clear", "clear"))
     await dialect.tail(recorder, TailRead(place.key, place.guard, 20))
@@ -145,7 +145,7 @@ async def gathered_statements(shard: Shard, place: Place) -> list[tuple[str, tup
     for number in range(MOST_TOGETHER):
         key = place.key if number == 0 else place.key._replace(session_id=f"s{number}", h=number)
         operation = Operation(f"new append {number}", "append")
-        appends.append(Append(key, place.guard, operation, ['{"n": 2}'] * 2, 7))
+        appends.append(Append(key, place.guard, operation, ['{"n": 2}'] * 2))
         reads.append(TailRead(key, place.guard, 20))
     await dialect.append_many(recorder, appends)
     await dialect.tail_many(recorder, reads)

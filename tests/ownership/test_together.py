@@ -253,7 +253,7 @@ async def test_guards_fail_each_for_itself(gateway: Gateway) -> None:
         route = gateway.route("acme", f"g{number}")
         key = Key("acme", f"g{number}", route.h)
         guard = Guard(route.slot, known.uuids["one"] if number % 5 else "somebody else")
-        appends.append(Append(key, guard, Operation(f"op{number}", "append"), ["1", "2"], 7))
+        appends.append(Append(key, guard, Operation(f"op{number}", "append"), ["1", "2"]))
         reads.append(TailRead(key, guard, 1))
         expected.append(route.slot % 2 == 0 and number % 5 != 0)
     assert set(expected) == {True, False}

@@ -87,7 +87,7 @@ async def sent_by(engine: AsyncEngine, tables: Tables) -> dict[str, Sent]:
     calls: dict[str, Callable[[], Awaitable[Any]]] = {
         "append": lambda: dialect.append(
             listener,
-            Append(key, guard, Operation("+1", "append", "ff"), ['{"a": 1}', "{}"], 7),
+            Append(key, guard, Operation("+1", "append", "ff"), ['{"a": 1}', "{}"]),
         ),
         "tail": lambda: dialect.tail(listener, TailRead(key, guard, 20)),
         "tail of all": lambda: dialect.tail(listener, TailRead(key, guard, None)),

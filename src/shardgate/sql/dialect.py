@@ -10,6 +10,7 @@ What is made anew for each operation is no frozen dataclass: these take three ti
 from __future__ import annotations
 
 import re
+import secrets
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from enum import Enum
@@ -69,13 +70,12 @@ class Row:
 
 @dataclass(slots=True)
 class Append:
-    """One append; ``incarnation`` is for a session that is made by it."""
+    """One append."""
 
     key: Key
     guard: Guard | None
     operation: Operation
     items: Sequence[str]
-    incarnation: int
 
     @property
     def weight(self) -> int:
@@ -108,6 +108,12 @@ class TailRead:
     def identity(self) -> int:
         """Any two may be read together."""
         return id(self)
+
+
+def new_incarnation() -> int:
+    """A random number for sessions that a statement makes: by it a session is told from one that
+    was removed before."""
+    return secrets.randbits(63)
 
 
 class Outcome(Enum):

@@ -21,6 +21,7 @@ from shardgate.sql.dialect import (
     Outcome,
     Server,
     nbytes,
+    new_incarnation,
     one_line,
 )
 
@@ -225,7 +226,7 @@ class MySQL(Dialect):
             % (change | {"place": place, "data": _text_literal(connection, item), "size": size})
             for place, (item, size) in enumerate(zip(items, sizes, strict=True))
         )
-        values = change | {"incarnation": append.incarnation, "size": sum(sizes), "rows": rows}
+        values = change | {"incarnation": new_incarnation(), "size": sum(sizes), "rows": rows}
         return _outcome(await self._change(connection, self.append_sql % values))
 
     async def tail(self, connection: Any, read: TailRead) -> list[str] | None:

@@ -24,6 +24,7 @@ from shardgate.sql.dialect import (
     Outcome,
     Server,
     nbytes,
+    new_incarnation,
     one_line,
 )
 
@@ -176,8 +177,8 @@ _ADMIT = """
 _JOBS = """
     job AS MATERIALIZED (
         SELECT * FROM unnest($1::text[], $2::text[], $3::int[], $4::text[], $5::bigint[],
-            $6::text[], $7::text[], $8::bigint[], $9::int[], $10::bigint[]) WITH ORDINALITY
-        AS job (tenant_id, session_id, slot, owner, h, op_id, fingerprint, incarnation, n, size, no)
+            $6::text[], $7::text[], $9::int[], $10::bigint[]) WITH ORDINALITY
+        AS job (tenant_id, session_id, slot, owner, h, op_id, fingerprint, n, size, no)
     )
 """
 _HERE = """
@@ -193,7 +194,8 @@ _HERE = """
 """
 _ALL_HERE = "here AS (SELECT * FROM job)"
 
-# $11 the number of an item's append, $12 its place there from 1, $13 the item, $14 its size.
+# $8 what the incarnations of new sessions are counted from, $11 the number of an item's append, $12
+# its place there from 1, $13 the item, $14 its size.
 _APPEND_MANY = """
     WITH {jobs}, {here}, free AS MATERIALIZED (
         SELECT here.no FROM here JOIN {sessions} AS s USING (tenant_id, session_id)
@@ -215,7 +217,7 @@ _APPEND_MANY = """
         INSERT INTO {sessions} AS s
             (tenant_id, session_id, h, incarnation, next_seq, floor_seq, revision,
              item_count, byte_count, created_at, updated_at, listed_at)
-        SELECT tenant_id, session_id, h, min(incarnation), sum(n) + 1, 1, count(*), sum(n),
+        SELECT tenant_id, session_id, h, $8::bigint + min(no), sum(n) + 1, 1, count(*), sum(n),
                sum(size), {now}, {now}, {now}
         FROM fresh GROUP BY tenant_id, session_id, h ORDER BY tenant_id, session_id
         ON CONFLICT (tenant_id, session_id) DO UPDATE SET
@@ -319,7 +321,7 @@ class PostgreSQL(Dialect):
         row = await connection.fetchrow(
             self.append_sql,
             *_change(append.key, append.guard, append.operation),
-            append.incarnation,
+            new_incarnation(),
             items,
             [nbytes(item) for item in items],
         )
@@ -343,7 +345,7 @@ class PostgreSQL(Dialect):
             [append.key.h for append in appends],
             [operation.op_id for operation in operations],
             [operation.fingerprint for operation in operations],
-            [append.incarnation for append in appends],
+            new_incarnation() >> 1,  # the first of several
             [len(items) for items in contents],
             [sum(size) for size in sizes],
             [number for number, items in enumerate(contents, 1) for _ in items],

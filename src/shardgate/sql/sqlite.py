@@ -23,6 +23,7 @@ from shardgate.sql.dialect import (
     Outcome,
     Server,
     nbytes,
+    new_incarnation,
     one_line,
 )
 
@@ -179,7 +180,7 @@ class SQLite(Dialect):
         key, operation, items = append.key, append.operation, append.items
         sizes = [nbytes(item) for item in items]
         values = _change(key, operation, now, n=len(items)) | {
-            "incarnation": append.incarnation,
+            "incarnation": new_incarnation(),
             "size": sum(sizes),
             "stale": _timestamp(now - timedelta(seconds=LISTED_AT_SECONDS)),
         }
