@@ -250,8 +250,9 @@ class _Ticket(Ticket[Any, Any]):
 
     def expire(self) -> None:
         """Its time is up."""
-        self.fail(TimeoutError())
-        self.leave()
+        if not self.done():
+            self.fail(TimeoutError())
+            self.leave()
 
     def end(self) -> tuple[Any, ...] | None:
         """Nobody waits any more. Whether the caller was cancelled meanwhile, and with what."""

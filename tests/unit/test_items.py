@@ -14,7 +14,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from shardgate.errors import UsageError
-from shardgate.items import MAX_DEPTH, check_text, decode, encode
+from shardgate.items import MAX_DEPTH, check_text, decode, decode_all, encode
 
 TEXTS = st.text(st.characters(exclude_categories=()))
 VALUES = st.recursive(
@@ -144,6 +144,17 @@ def test_texts_are_read_as_the_standard_library_reads_them(text: str) -> None:
             return "error", str(error)
 
     assert read(decode) == read(json.loads)
+
+
+@given(texts=st.lists(st.sampled_from(['{"a":1}', "1", "[]", '"\ud800"', "7" * 5000, "{", ""])))
+def test_several_are_read_as_each_of_them(texts: list[str]) -> None:
+    def read(function: Any) -> list[Any] | str:
+        try:
+            return list(function())
+        except ValueError:
+            return "no item"
+
+    assert read(lambda: decode_all(texts)) == read(lambda: [decode(text) for text in texts])
 
 
 def test_lone_surrogates_are_read_escaped_or_not() -> None:
