@@ -77,7 +77,7 @@ R = TypeVar("R")
 class Ticket(asyncio.Future["R | Alone"], ABC, Generic[J, R]):
     """An operation that waits to be sent together with others: to be awaited for its outcome.
 
-    One that was cancelled is not sent any more, or leaves its flight.
+    One that is done is not sent any more; one that is cancelled leaves its flight.
     """
 
     __slots__ = ("flight", "load")

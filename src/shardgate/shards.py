@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -208,8 +208,9 @@ class TailReads:
 class _Ticket(Ticket[Any, Any]):
     """An operation of a database that is sent with others.
 
-    Where its caller's own task waits for it (``holds``), it does what ``Underway`` does of an
-    operation by itself: once it is sent, a cancelled caller waits for the outcome of a write.
+    Where its caller's own task waits for it (``holds``), it does what ``Underway`` does for an
+    operation by itself: once a write is sent, a cancelled caller waits for its outcome, and
+    ``cancel`` says that it has been seen to. Where there are ``deadlines``, they end it.
     """
 
     __slots__ = ("_attempt", "_database", "_deadlines", "_grace_timer", "_holds", "_left")
@@ -247,6 +248,12 @@ class _Ticket(Ticket[Any, Any]):
             grace, end = CANCELLED_SECONDS, super().cancel
             self._grace_timer = self.get_loop().call_later(grace, end)
         return True
+
+    def give_up(self) -> None:
+        """There is no caller any more who could be told."""
+        self._left = None
+        with suppress(RuntimeError):  # the event loop is closed
+            super().cancel()
 
     def expire(self) -> None:
         """Its time is up."""
@@ -504,9 +511,10 @@ class Database:
                 self.state.verified.add(names)
 
     async def _at_once(self, attempt: Attempt) -> Any:
-        """Run an operation on a driver's connection: its first attempt in the caller's own task.
+        """Run an operation on a driver's connection: its first attempt in the caller's own task, or
+        in one with others.
 
-        Whatever is wrong with that is left to :meth:`_run`.
+        Whatever is wrong with that is left to :meth:`_run`, and so is what has to go alone.
         """
         if not self._serves(attempt):
             return await self._settled(self._operate, attempt)
@@ -519,6 +527,9 @@ class Database:
                 lane.wait(ticket)
                 try:
                     answer = await ticket
+                except GeneratorExit:  # its task is gone, and the event loop perhaps
+                    ticket.give_up()
+                    raise
                 finally:
                     left = ticket.end()
                     del ticket  # the traceback of its error leads here

@@ -331,3 +331,28 @@ async def test_a_race_against_a_mover_where_statements_are_shared(
         await test_fences.run_race(urls, 16)
     assert max(statements.appends) > 1
     assert max(statements.reads) > 1
+
+
+@pytest.mark.parametrize("cancelled", [False, True])
+async def test_a_caller_whose_task_is_gone_leaves_nothing_behind(
+    gateway: Gateway, database: Database, cancelled: bool
+) -> None:
+    """Closed where it waits, as a task is that is collected: that is no time to be cancelled."""
+    shard = gateway.shards["one"]
+    place = gateway.route("acme", "warm")
+    assert gateway._keyspaces["main"].map is not None
+    guard = Guard(place.slot, gateway._keyspaces["main"].map.uuids["one"])
+    async with row_locked(gateway, database.url, "warm"):
+        key = Key("acme", "warm", place.h)
+        lane = shard._lane(shards.Appends)
+        lane._seats = 0  # whoever comes has to wait
+        append = shard.append(Append(key, guard, Operation("gone", "append"), ["1"]))
+        ticket: Any = append.send(None)
+        if cancelled:
+            ticket._attempt.sent = True
+            assert ticket.cancel()
+        append.close()
+        assert ticket.cancelled()
+        lane._seats = shards.SEATS
+    assert shard._deadlines is not None
+    assert ticket not in shard._deadlines._ends

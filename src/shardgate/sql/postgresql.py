@@ -194,8 +194,8 @@ _HERE = """
 """
 _ALL_HERE = "here AS (SELECT * FROM job)"
 
-# $8 what the incarnations of new sessions are counted from, $11 the number of an item's append, $12
-# its place there from 1, $13 the item, $14 its size.
+# $8 a random number, of which each new session's incarnation is made with its hash, $11 the number
+# of an item's append, $12 its place there from 1, $13 the item, $14 its size.
 _APPEND_MANY = """
     WITH {jobs}, {here}, free AS MATERIALIZED (
         SELECT here.no FROM here JOIN {sessions} AS s USING (tenant_id, session_id)
@@ -217,8 +217,8 @@ _APPEND_MANY = """
         INSERT INTO {sessions} AS s
             (tenant_id, session_id, h, incarnation, next_seq, floor_seq, revision,
              item_count, byte_count, created_at, updated_at, listed_at)
-        SELECT tenant_id, session_id, h, $8::bigint + min(no), sum(n) + 1, 1, count(*), sum(n),
-               sum(size), {now}, {now}, {now}
+        SELECT tenant_id, session_id, h, ($8::bigint # h) & 9223372036854775807, sum(n) + 1, 1,
+               count(*), sum(n), sum(size), {now}, {now}, {now}
         FROM fresh GROUP BY tenant_id, session_id, h ORDER BY tenant_id, session_id
         ON CONFLICT (tenant_id, session_id) DO UPDATE SET
             next_seq = s.next_seq + excluded.item_count,
@@ -345,7 +345,7 @@ class PostgreSQL(Dialect):
             [append.key.h for append in appends],
             [operation.op_id for operation in operations],
             [operation.fingerprint for operation in operations],
-            new_incarnation() >> 1,  # the first of several
+            new_incarnation(),
             [len(items) for items in contents],
             [sum(size) for size in sizes],
             [number for number, items in enumerate(contents, 1) for _ in items],
