@@ -185,8 +185,7 @@ class Keyspace:
                 name = known.owners[slot]
                 if name not in self.shards:
                     raise self._not_named(known, name)
-                if self.shards[name].quarantine is not None:
-                    self._reconsider(self.shards[name])
+                self._reconsider(self.shards[name])
                 place = Place(key, self._guard(slot, known.uuids[name]))
                 try:
                     return await act(self._stores[name], place, *args, **kwargs)

@@ -28,17 +28,12 @@ class Route:
 
 def route(known: KeyspaceMap, tenant_id: str, session_id: str) -> Route:
     """Return where a session lives. The caller has checked the ids."""
-    slot, h = locate(known, tenant_id, session_id)
+    h = session_hash(tenant_id, session_id, slots=known.slots, spread=known.spread)
+    slot = slot_of(h, known.slots)
     return Route(
         keyspace=known.name,
         slot=slot,
         shard=known.owners[slot],
         epoch=known.epochs[slot],
-        h=h,
+        h=to_signed(h),
     )
-
-
-def locate(known: KeyspaceMap, tenant_id: str, session_id: str) -> tuple[int, int]:
-    """Return a session's slot, and its hash, signed, as it is stored."""
-    h = session_hash(tenant_id, session_id, slots=known.slots, spread=known.spread)
-    return slot_of(h, known.slots), to_signed(h)

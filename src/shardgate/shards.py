@@ -1013,12 +1013,12 @@ class Shard(Database):
 
     def _serves(self, attempt: Attempt) -> bool:
         """Whether the shard is not known to be down; raises ShardQuarantined where it refuses."""
-        if self.quarantine is not None and not attempt.about_the_shard:
-            self._refuse(self.quarantine, writes=attempt.writes)
+        if not attempt.about_the_shard:
+            self.refuse(writes=attempt.writes)
         return self._outage is None
 
     def _has_answered(self) -> None:
-        self.state.answered = self._now()
+        super()._has_answered()
         self._outage = None
 
     def refuse(self, *, writes: bool) -> None:
