@@ -26,7 +26,7 @@ from benchmarks.contestants.ours import DURABLE, ThroughGateway
 from benchmarks.servers import driver_url
 from shardgate.coalescing import share
 from shardgate.engines import make_engine
-from shardgate.items import decode, encode
+from shardgate.items import decode_all, encode
 from shardgate.shards import SEATS
 from shardgate.sql.dialect import Append, Guard, Key, Operation, Outcome, TailRead
 from shardgate.sql.mysql import MySQL
@@ -163,8 +163,8 @@ class AsyncpgSession:
         key, guard = self.spot.key, self.spot.guard
         place = (key.tenant_id, key.session_id, guard.slot, guard.owner)
         async with self.spot.shelf.one() as connection:
-            rows = await connection.fetch(self.raw.tail_sql, *place, limit)
-        return [json.loads(data) for _, seq, data in reversed(rows) if seq is not None]
+            (newest_first,) = await connection.fetchrow(self.raw.tail_sql, *place, limit)
+        return [json.loads(data) for data in reversed(newest_first)]
 
     async def add_items(self, items: list[Any]) -> None:
         key, guard = self.spot.key, self.spot.guard
@@ -259,7 +259,7 @@ class CrowdSession:
 
     async def get_items(self, limit: int | None = None) -> list[Any]:
         rows = await self.raw.reads.join(TailRead(self.spot.key, self.spot.guard, limit))
-        return [decode(data) for data in reversed(rows or [])]
+        return decode_all((rows or [])[::-1])
 
     async def add_items(self, items: list[Any]) -> None:
         _check(await self.raw.appends.join(_append(self.spot, items)))

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+import secrets
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -30,6 +31,11 @@ _from_json = partial(from_json, cache_strings="keys")  # what users say is not t
 _DELETE = b"\x7f"
 """ASCII, but the standard library escapes it."""
 _SURROGATE = re.compile("[\ud800-\udfff]")
+_MARK = 2**62 + secrets.randbits(61)
+"""A number of this process that nobody can have written into a text."""
+_MARKED = f",{_MARK},"
+_PARSED_TOGETHER = 1 << 20
+"""Characters: longer texts gain nothing by being parsed together."""
 
 
 def encode(item: object, *, ensure_ascii: bool = True) -> str:
@@ -68,13 +74,23 @@ def decode(text: str) -> Any:
         return _decode_slowly(text)
 
 
-def decode_all(texts: Iterable[str]) -> list[Any]:
-    """As :func:`decode` of each."""
-    texts = list(texts)
-    try:  # without a call of ours for each
-        return list(map(_from_json, texts))
-    except (ValueError, TypeError):
-        return [decode(text) for text in texts]
+def decode_all(texts: Sequence[str]) -> list[Any]:
+    """As :func:`decode` of each.
+
+    They are parsed as one array, which takes half of the time of parsing each (decision 18). The
+    mark between any two shows that each is an item by itself: if all marks are found where they
+    were put, outside of everything, with one value between them, then each text is that value, and
+    not part of one that another text has begun.
+    """
+    if len(texts) > 1 and sum(map(len, texts)) < _PARSED_TOGETHER:
+        try:
+            parsed: list[Any] = _from_json(f"[{_MARKED.join(texts)}]")
+        except (ValueError, TypeError):
+            pass
+        else:
+            if parsed[1::2] == [_MARK] * (len(texts) - 1) and len(parsed) == 2 * len(texts) - 1:
+                return parsed[::2]
+    return [decode(text) for text in texts]
 
 
 def _decode_slowly(text: str) -> Any:

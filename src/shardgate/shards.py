@@ -34,7 +34,7 @@ from shardgate.errors import (
 )
 from shardgate.settling import Deadlines, Underway, settle
 from shardgate.sql.create import create_tables, transaction, verify_tables
-from shardgate.sql.dialect import Append, TailRead
+from shardgate.sql.dialect import LONGEST_TAIL, Append, TailRead
 
 if TYPE_CHECKING:
     import threading
@@ -83,8 +83,6 @@ has changed meanwhile."""
 
 SEATS = 4
 """Statements of a kind that are under way at the same time, at most."""
-LONGEST_TAIL = 100
-"""Rows of a reading that is sent together with others."""
 
 
 class Unanswered:

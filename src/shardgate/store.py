@@ -101,7 +101,7 @@ class Store:
     async def _decoded(self, key: Key, newest_first: Sequence[str], codec: Codec) -> list[Any]:
         if codec.is_json:
             with suppress(*_NO_ITEM):
-                return decode_all(reversed(newest_first))
+                return decode_all(newest_first[::-1])
         items, skipped = [], 0
         for data in reversed(newest_first):
             try:

@@ -146,15 +146,52 @@ def test_texts_are_read_as_the_standard_library_reads_them(text: str) -> None:
     assert read(decode) == read(json.loads)
 
 
-@given(texts=st.lists(st.sampled_from(['{"a":1}', "1", "[]", '"\ud800"', "7" * 5000, "{", ""])))
+_PIECES = [
+    '{"a":1}',
+    "1",
+    "[]",
+    '"\ud800"',
+    "7" * 5000,
+    "{",
+    "",
+    "1,[2",
+    "3]",
+    "1,2",
+    " ",
+    "]",
+    "[",
+    '"',
+]
+
+
+@given(texts=st.lists(st.sampled_from(_PIECES) | almost_json() | VALUES.map(encode)))
+@example(texts=["1,[2", "3]"])
+@example(texts=["1],[2", "3"])
+@example(texts=['{"a":[{}', "{}]}", "{},{}"])
+@example(texts=["", "1,2"])
 def test_several_are_read_as_each_of_them(texts: list[str]) -> None:
-    def read(function: Any) -> list[Any] | str:
+    """Also where damaged ones would be whole if they were one text."""
+
+    def read(function: Any) -> str:
         try:
-            return list(function())
+            return repr(function())
         except ValueError:
             return "no item"
 
     assert read(lambda: decode_all(texts)) == read(lambda: [decode(text) for text in texts])
+
+
+def test_several_are_parsed_at_once() -> None:
+    parsed: list[str] = []
+
+    def parse(text: str) -> Any:
+        parsed.append(text)
+        return json.loads(text)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("shardgate.items._from_json", parse)
+        assert decode_all(['{"n": 1}', '"two"', "3"]) == [{"n": 1}, "two", 3]
+        assert len(parsed) == 1
 
 
 def test_lone_surrogates_are_read_escaped_or_not() -> None:

@@ -175,6 +175,8 @@ class Admission:
         return shard == (other.shard_uuid, other.map_version) and self.server.is_same(other.server)
 
 
+LONGEST_TAIL = 100
+"""Rows of a short reading: one that comes in one piece, and may be sent together with others."""
 LISTED_AT_SECONDS = 60
 """How coarse ``listed_at`` is: it follows ``updated_at`` at most once in this many seconds."""
 
