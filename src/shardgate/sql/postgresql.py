@@ -12,7 +12,6 @@ a mover's fence does not wait for it, its barrier does), op, session, items.
 
 from __future__ import annotations
 
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import asyncpg
@@ -350,8 +349,11 @@ class PostgreSQL(Dialect):
     async def tail(self, connection: Any, read: TailRead) -> list[str] | None:
         values = *_place(read.key, read.guard), read.limit
         if read.limit is not None and read.limit <= LONGEST_TAIL:
-            with suppress(*_TOO_LARGE):
+            try:
                 row = await connection.fetchrow(self.tail_sql, *values)
+            except _TOO_LARGE:  # for an array
+                pass
+            else:
                 return None if row is None else row[0]  # type: ignore[no-any-return]  # a driver's
         rows = await connection.fetch(self.long_tail_sql, *values)
         return [data for seq, data in rows if seq is not None] if rows else None
