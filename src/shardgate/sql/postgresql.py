@@ -354,7 +354,7 @@ class PostgreSQL(Dialect):
             except _TOO_LARGE:  # for an array
                 pass
             else:
-                return None if row is None else row[0]  # type: ignore[no-any-return]  # a driver's
+                return None if row is None else row[0]
         rows = await connection.fetch(self.long_tail_sql, *values)
         return [data for seq, data in rows if seq is not None] if rows else None
 
