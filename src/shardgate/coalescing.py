@@ -91,10 +91,6 @@ class Ticket(asyncio.Future["R | Alone"], ABC, Generic[J, R]):
     async def send(self, lane: Lane[J, R], together: Sequence[Ticket[J, R]]) -> None:
         """Send these together and give each its outcome, as any one of them can."""
 
-    @abstractmethod
-    def board(self) -> None:
-        """It is sent now: to be called the moment before."""
-
     def cancel(self, msg: Any = None) -> bool:
         """As of any future."""
         cancelled = super().cancel(msg)
@@ -120,27 +116,29 @@ class Ticket(asyncio.Future["R | Alone"], ABC, Generic[J, R]):
 
 
 class Flight:
-    """A statement that is under way with these tickets."""
+    """A statement that is under way with these tickets, and the seat that it has."""
 
-    __slots__ = ("_task", "_together")
+    __slots__ = ("seat", "task", "together")
 
-    def __init__(self, task: asyncio.Task[None], together: Sequence[Ticket[Any, Any]]) -> None:
-        self._task: asyncio.Task[None] | None = task
-        self._together = together
+    def __init__(self, seat: Seat, together: Sequence[Ticket[Any, Any]]) -> None:
+        self.seat = seat
+        self.task: asyncio.Task[None] | None = None
+        self.together = together
         for ticket in together:
             ticket.flight = self
 
     def end_if_left(self) -> None:
         """Cancel it, if it is without passengers: it would keep its connection from others."""
-        if self._task is not None and all(ticket.done() for ticket in self._together):
-            self._task.cancel()
+        if self.task is not None and all(ticket.done() for ticket in self.together):
+            self.task.cancel()
 
     def land(self, error: Exception) -> None:
         """It is over. For those without an outcome there was this error."""
-        for ticket in self._together:
+        for ticket in self.together:
             if not ticket.done():  # as hardly any
                 ticket.fail(error)
-        self._task, self._together = None, ()  # else it and its tickets would refer to each other
+        # Else it and its tickets would refer to each other.
+        self.task, self.together = None, ()
 
 
 def share(waiting: int, *, free: int) -> int:
@@ -158,9 +156,9 @@ class Seat:
 
     __slots__ = ("since", "turns")
 
-    def __init__(self, since: float) -> None:
+    def __init__(self, since: float, turns: Sequence[Hashable]) -> None:
         self.since = since
-        self.turns: Sequence[Hashable] = ()
+        self.turns = turns
 
 
 class Lane(Generic[J, R]):
@@ -184,9 +182,10 @@ class Lane(Generic[J, R]):
 
     def take_seat(self, load: J) -> Seat | None:
         """Take a seat, while few are, to go at once and alone; :meth:`give_back` returns it."""
-        if self._waiting or load.turn in self._turns:
+        if self._waiting or not self._has_room(VERY_FEW):
             return None
-        return self._seat([load]) if self._has_room(VERY_FEW) else None
+        turn = load.turn
+        return None if turn in self._turns else self._seat(() if turn is None else (turn,), 1)
 
     def _has_room(self, most: int) -> bool:
         """Whether a seat is free, and fewer operations are under way."""
@@ -198,18 +197,18 @@ class Lane(Generic[J, R]):
             return len(self._taken) < self._seats
         return self._has_room(FEW)
 
-    def _seat(self, loads: Sequence[J]) -> Seat:
-        seat = Seat(self._clock())
-        seat.turns = [turn for load in loads if (turn := load.turn) is not None]
-        self._taken[seat] = len(loads)
-        self._turns.update(seat.turns)
+    def _seat(self, turns: Sequence[Hashable], operations: int) -> Seat:
+        seat = Seat(self._clock(), turns)
+        self._taken[seat] = operations
+        self._turns.update(turns)
         return seat
 
     def give_back(self, seat: Seat) -> None:
         """Let those who wait have the seat, unless they have it already."""
         self._turns.difference_update(seat.turns)
         self._taken.pop(seat, None)
-        self._depart()
+        if self._waiting:
+            self._depart()
 
     def wait(self, ticket: Ticket[J, R]) -> None:
         """Wait in order; only after :meth:`take_seat` gave none."""
@@ -227,34 +226,41 @@ class Lane(Generic[J, R]):
 
     def _depart(self) -> None:
         """Send those who wait, as many at a time as may go together, as far as there are seats."""
-        while self._waiting and self._may_depart() and (together := self._gather()):
-            seat = self._seat([ticket.load for ticket in together])
+        while self._waiting and self._may_depart():
+            together, turns = self._gather()
+            if not together:
+                return
+            flight = Flight(self._seat(turns, len(together)), together)
             # In a context of its own: it is nothing of the request's that happens to start it.
             task = self._loop.create_task(together[0].send(self, together), context=Context())
+            flight.task = task
             self._flights.add(task)  # a task that nobody refers to may be collected
-            task.add_done_callback(partial(self._land, seat, Flight(task, together)))
+            task.add_done_callback(partial(self._land, flight))
 
-    def _land(self, seat: Seat, flight: Flight, task: asyncio.Task[None]) -> None:
+    def _land(self, flight: Flight, task: asyncio.Task[None]) -> None:
         self._flights.discard(task)
         error = ConnectionAbortedError("cancelled") if task.cancelled() else task.exception()
         flight.land(error if isinstance(error, Exception) else RuntimeError("no outcome"))
-        self.give_back(seat)
+        self.give_back(flight.seat)
 
-    def _gather(self) -> list[Ticket[J, R]]:
-        """The first who wait, as many as may go together; not those who have given up.
+    def _gather(self) -> tuple[list[Ticket[J, R]], list[Hashable]]:
+        """The first who wait, as many as may go together, and whose turn it is by that; not those
+        who have given up.
 
         Those whose turn it is not stay behind, in front.
         """
         together: list[Ticket[J, R]] = []
+        turns: list[Hashable] = []
         behind: list[Ticket[J, R]] = []
         identities: set[Hashable] = set()
-        weight = 0
-        most = share(len(self._waiting), free=self._seats - len(self._taken))
-        while self._waiting and len(together) < most:
-            ticket = self._waiting[0]
+        weight, waiting = 0, self._waiting
+        most = share(len(waiting), free=self._seats - len(self._taken))
+        while waiting and len(together) < most:
+            ticket = waiting[0]
             if not ticket.done():
                 load = ticket.load
-                if load.turn in self._turns:
+                turn = load.turn
+                if turn in self._turns:
                     behind.append(ticket)
                 else:
                     weight += load.weight + self.answer_bytes
@@ -263,9 +269,11 @@ class Lane(Generic[J, R]):
                         break
                     together.append(ticket)
                     identities.add(identity)
-            self._waiting.popleft()
-        self._waiting.extendleft(reversed(behind))
-        return together
+                    if turn is not None:
+                        turns.append(turn)
+            waiting.popleft()
+        waiting.extendleft(reversed(behind))
+        return together, turns
 
     def _watch_seats(self) -> None:
         """Look after those who wait when the oldest seat becomes overdue."""

@@ -62,6 +62,7 @@ class EngineState:
         self.first_use = threading.Lock()
         self.single_connection = threading.Lock()
         self.answered = float("-inf")  # when the database last answered, by the event loop's clock
+        self.keeps = False  # whether a connection may stay out of the pool between two operations
         self._dialects: dict[tuple[str | None, TableNames], Dialect] = {}
         self._of_loops: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, LoopState] = (
             weakref.WeakKeyDictionary()
@@ -137,6 +138,10 @@ def make_engine(url: str | URL, engine_kwargs: dict[str, Any]) -> AsyncEngine:
     if driver == SQLite.driver:
         options.setdefault("pool_reset_on_return", None)
     engine = create_async_engine(url, **options)
+    # An engine of somebody else's may have users who count its connections, and a pool of any kind.
+    state_of(engine).keeps = (
+        driver == PostgreSQL.driver and not {"pool", "poolclass"} & options.keys()
+    )
     if driver == SQLite.driver:
         event.listen(engine.sync_engine, "connect", _tune_sqlite)
     return engine

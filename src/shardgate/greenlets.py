@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from greenlet import getcurrent, greenlet
 
 if TYPE_CHECKING:
+    import asyncio
     from collections.abc import Callable
 
 T = TypeVar("T")
@@ -66,10 +67,44 @@ _idle = _Idle()
 
 async def run(call: Callable[[], T]) -> T:
     """As SQLAlchemy's ``greenlet_spawn``: make a call that may wait for the event loop."""
+    clerk, said = _begin(call)
+    if said is not clerk:
+        await _go_on(clerk, said)
+    _idle.clerks.append(clerk)
+    return cast("T", clerk.hand_over())
+
+
+def soon(call: Callable[[], None], loop: asyncio.AbstractEventLoop) -> None:
+    """Make a call of which nobody waits for the end: what it waits for, a task of its own does.
+
+    What it raises is reported to the event loop.
+    """
+    clerk, said = _begin(call)
+    if said is not clerk:
+        task = loop.create_task(_finish(clerk, said))
+        _unfinished.add(task)  # a task that nobody refers to may be collected
+        task.add_done_callback(_unfinished.discard)
+        return
+    _idle.clerks.append(clerk)
+    try:
+        clerk.hand_over()
+    except Exception as error:  # noqa: BLE001 - there is nobody else to tell
+        loop.call_exception_handler({"message": f"{call} has failed", "exception": error})
+
+
+_unfinished: set[asyncio.Task[None]] = set()
+
+
+def _begin(call: Callable[[], Any]) -> tuple[Clerk, Any]:
+    """Make a call as far as it goes without waiting: by whom, and what he says."""
     caller, idle = getcurrent(), _idle.clerks
     clerk = idle.pop() if idle else Clerk()
     clerk.parent, clerk.gr_context = caller, caller.gr_context
-    said = clerk.switch(call)
+    return clerk, clerk.switch(call)
+
+
+async def _go_on(clerk: Clerk, said: Any) -> None:
+    """Wait for what is to be waited for, until the call is done."""
     while said is not clerk:
         try:
             outcome = await said
@@ -77,5 +112,9 @@ async def run(call: Callable[[], T]) -> T:
             said = clerk.throw(*sys.exc_info())
         else:
             said = clerk.switch(outcome)
-    idle.append(clerk)
-    return cast("T", clerk.hand_over())
+
+
+async def _finish(clerk: Clerk, said: Any) -> None:
+    await _go_on(clerk, said)
+    _idle.clerks.append(clerk)
+    clerk.hand_over()

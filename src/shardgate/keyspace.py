@@ -183,9 +183,11 @@ class Keyspace:
                 known = self.map or await self._read()
                 slot = slot_of(from_signed(key.h), known.slots)
                 name = known.owners[slot]
-                if name not in self.shards:
+                shard = self.shards.get(name)
+                if shard is None:
                     raise self._not_named(known, name)
-                self._reconsider(self.shards[name])
+                if shard.quarantine is not None:
+                    self._reconsider(shard.quarantine)
                 place = Place(key, self._guard(slot, known.uuids[name]))
                 try:
                     return await act(self._stores[name], place, *args, **kwargs)
@@ -283,7 +285,8 @@ class Keyspace:
         These are remembered by the version of its slot map. Where it has changed they are read, and
         the page is asked for again.
         """
-        self._reconsider(self.shards[name])
+        if (quarantine := self.shards[name].quarantine) is not None:
+            self._reconsider(quarantine)
         sessions: list[SessionInfo] = []
         place = after
         while True:
@@ -472,10 +475,9 @@ class Keyspace:
         elif now is not None and (before is None or before.reason != now.reason):
             logger.error("shard %r is in quarantine: %s", shard.name, now.reason)
 
-    def _reconsider(self, shard: Shard) -> None:
+    def _reconsider(self, quarantine: Quarantine) -> None:
         """Have a shard looked at again that was in quarantine for a while: it may be mended."""
-        quarantine = shard.quarantine
-        if quarantine is None or self._loading is not None:
+        if self._loading is not None:
             return
         waited = asyncio.get_running_loop().time() - quarantine.since
         if waited > max(shards_module.QUARANTINE_SECONDS, _IDLE_SHARE * self._loading_took):

@@ -32,6 +32,7 @@ from shardgate.errors import (
     ShardUnavailable,
     TransientError,
 )
+from shardgate.leases import KEPT_SECONDS, Kept, Lease
 from shardgate.settling import Deadlines, Underway, settle
 from shardgate.sql.create import create_tables, transaction, verify_tables
 from shardgate.sql.dialect import LONGEST_TAIL, Append, TailRead
@@ -123,8 +124,8 @@ class Attempt:
         self,
         now: float,
         act: Any = None,
-        *,
         kind: Any = None,
+        *,
         writes: bool = True,
         about_the_shard: bool = False,
     ) -> None:
@@ -211,7 +212,7 @@ class _Ticket(Ticket[Any, Any]):
     ``cancel`` says that it has been seen to. Where there are ``deadlines``, they end it.
     """
 
-    __slots__ = ("_attempt", "_database", "_deadlines", "_grace_timer", "_holds", "_left")
+    __slots__ = ("_database", "_deadlines", "_grace_timer", "_holds", "_left", "attempt")
 
     def __init__(
         self,
@@ -222,7 +223,7 @@ class _Ticket(Ticket[Any, Any]):
         holds: bool = False,
     ) -> None:
         super().__init__(attempt.act, loop=database.loop)
-        self._attempt = attempt
+        self.attempt = attempt
         self._database = database
         self._deadlines = deadlines
         self._holds = holds
@@ -232,14 +233,11 @@ class _Ticket(Ticket[Any, Any]):
             deadlines.add(self, attempt.started)
 
     async def send(self, lane: Lane[Any, Any], together: Sequence[Ticket[Any, Any]]) -> None:
-        await self._database._fly(self._attempt.kind, lane, together)
-
-    def board(self) -> None:
-        self._attempt.sent = True
+        await self._database._fly(self.attempt.kind, lane, together)
 
     def cancel(self, msg: Any = None) -> bool:
         """The task that waits for it is cancelled, and asks it."""
-        if self.done() or not self._holds or not self._attempt.has_to_end():
+        if self.done() or not self._holds or not self.attempt.has_to_end():
             return super().cancel(msg)
         if self._left is None:
             self._left = () if msg is None else (msg,)
@@ -339,6 +337,7 @@ class Database:
     deadline: float | None = None
     outage = OUTAGE_SECONDS
     coalesce = True
+    map_version = 0
 
     def __init__(self, engine: AsyncEngine, tables: Tables) -> None:
         self.engine = engine
@@ -374,14 +373,14 @@ class Database:
 
     def append(self, append: Append) -> Coroutine[Any, Any, Outcome]:
         """As :meth:`write`; sent together with others, where it would have to wait."""
-        return self._at_once(self._attempt(append, kind=Appends))
+        return self._at_once(Attempt(self._now(), append, Appends))
 
     def tail(self, read: TailRead) -> Coroutine[Any, Any, list[str] | None]:
         """As :meth:`read`, the newest rows, newest first; together with others likewise.
 
         None where the guard fails.
         """
-        attempt = self._attempt(read, kind=TailReads, writes=False)
+        attempt = Attempt(self._now(), read, TailReads, writes=False)
         attempt.alone = read.limit is None or read.limit > LONGEST_TAIL
         return self._at_once(attempt)
 
@@ -395,7 +394,7 @@ class Database:
         It may not where it may be under way already: two of the same in one statement, or in two
         that hold other sessions' rows, would be in each other's way.
         """
-        return self.coalesce and self.dialect.gathers and not (attempt.alone or attempt.lost)
+        return self._gathers and not (attempt.alone or attempt.lost)
 
     async def _gathered(self, attempt: Attempt) -> Any:
         """Send one operation: at once if a seat is free, else with those who wait for one too."""
@@ -421,9 +420,11 @@ class Database:
         return self.here.own((kind, self.dialect), partial(_new_lane, kind))
 
     def _single(self, attempt: Attempt) -> Coroutine[Any, Any, Any]:
-        return self._alone(attempt) if attempt.writes else self._once(attempt)
+        if attempt.writes and self.dialect.one_thread:
+            return self._queued(attempt)
+        return self._once(attempt)
 
-    async def _fly(self, kind: Any, lane: Lane[J, Any], tickets: Sequence[Ticket[J, Any]]) -> None:
+    async def _fly(self, kind: Any, lane: Lane[Any, Any], tickets: Sequence[Any]) -> None:
         """Send several operations as one statement. Each has its own deadline: when that of the
         last one has passed, this is cancelled.
 
@@ -431,13 +432,12 @@ class Database:
         the error, and does about it what it would do by itself. Any other error may be another
         one's: each goes alone.
         """
-        aboard: list[Ticket[J, Any]] = []
+        aboard: list[_Ticket] = []
 
         async def act(connection: Any) -> Sequence[Any]:
-            for ticket in tickets:
-                if not ticket.done():
-                    aboard.append(ticket)
-                    ticket.board()
+            aboard.extend([ticket for ticket in tickets if not ticket.done()])
+            for ticket in aboard:
+                ticket.attempt.sent = True
             loads = [ticket.load for ticket in aboard]
             if not loads:
                 return []
@@ -454,8 +454,10 @@ class Database:
             if not attempt.sent or self._is_unanswered(error):
                 raise
             outcomes = [ALONE] * len(aboard)
+        self._has_answered()
         for ticket, outcome in zip(aboard, outcomes, strict=True):
-            ticket.give(outcome)
+            if not ticket.done():
+                ticket.set_result(outcome)
 
     def _is_unanswered(self, error: Exception) -> bool:
         """Whether a statement that was sent may have taken effect, for all that is known."""
@@ -516,9 +518,11 @@ class Database:
         """
         if not self._serves(attempt):
             return await self._settled(self._operate, attempt)
-        lane = self._lane(attempt.kind) if self._goes_with_others(attempt) else None
+        lane = None if attempt.alone or not self._gathers else self._lane(attempt.kind)
         seat = None if lane is None else lane.take_seat(attempt.act)
-        deadlines = self._deadlines_now()
+        deadlines = self._deadlines
+        if deadlines is None or deadlines.seconds != self.deadline:
+            deadlines = self._deadlines_now()
         try:
             if lane is not None and seat is None:
                 ticket = _Ticket(attempt, self, deadlines, holds=True)
@@ -533,6 +537,8 @@ class Database:
                     del ticket  # the traceback of its error leads here
                     if left is not None:
                         raise asyncio.CancelledError(*left)
+                if answer is not ALONE:
+                    return answer
             else:
                 try:
                     answer = await Underway(
@@ -546,13 +552,17 @@ class Database:
                 finally:
                     if lane is not None and seat is not None:
                         lane.give_back(seat)
+                self._has_answered()
+                return answer
         except Exception as error:  # noqa: BLE001 - _run sees to it
             return await self._settled(self._operate, attempt, failed=error)
-        if answer is ALONE:
-            attempt.alone, attempt.sent = True, False
-            return await self._settled(self._operate, attempt)
-        self._has_answered()
-        return answer
+        attempt.alone, attempt.sent = True, False
+        return await self._settled(self._operate, attempt)
+
+    @property
+    def _gathers(self) -> bool:
+        """Whether operations are sent together with others."""
+        return self.coalesce and self.dialect.gathers
 
     def _deadlines_now(self) -> Deadlines | None:
         if self.deadline is None:
@@ -566,7 +576,7 @@ class Database:
         return True
 
     def _has_answered(self) -> None:
-        self.state.answered = self._now()
+        self.state.answered = self.loop.time()
 
     async def _settled(
         self,
@@ -691,9 +701,6 @@ class Database:
     def _is_contention(self, error: DBAPIError) -> bool:
         return error.orig is not None and self.dialect.is_contention(driver_error(error))
 
-    def _alone(self, attempt: Attempt) -> Coroutine[Any, Any, Any]:
-        return self._queued(attempt) if self.dialect.one_thread else self._once(attempt)
-
     async def _queued(self, attempt: Attempt) -> Any:
         """SQLite has one writer: tasks of this loop queue in order instead of polling its lock."""
         async with self.here.lock("write"):
@@ -710,10 +717,10 @@ class Database:
 
     async def _connected(self, attempt: Attempt) -> Any:
         """Make an attempt on a connection of the pool's."""
-        pool = self.engine.sync_engine.pool
-        connection = await self._check_out()
+        lease = self._kept.take() or await self._check_out()
+        connection = lease.connection
         try:
-            answer = await self._act(connection, attempt)
+            answer = await self._act(lease, attempt)
         except Exception as error:
             translated = self.dialect.translate(error, connection.dbapi_connection)
             await self._give_back(connection, translated)
@@ -723,19 +730,34 @@ class Database:
         except BaseException:
             await self._give_up(connection)
             raise
-        if self.engine.sync_engine.pool is pool:
-            await greenlets.run(connection.close)
+        if self._may_keep(lease):
+            self._kept.keep(lease)
         else:
-            connection.invalidate()  # the engine was closed meanwhile, its pool with it
+            await greenlets.run(lease.end)
         return answer
 
-    async def _act(self, connection: PoolProxiedConnection, attempt: Attempt) -> Any:
-        driver: Any = connection.driver_connection
-        if self.dialect.in_transaction(driver):
+    @cached_property
+    def _kept(self) -> Kept:
+        return self.here.own("kept", partial(Kept, self.loop))
+
+    def _may_keep(self, lease: Lease) -> bool:
+        """Whether the next operation may have the connection, before anybody else."""
+        return (
+            self.state.keeps
+            and not self._line.waiting
+            and self._now() - lease.since < KEPT_SECONDS
+            and lease.is_current
+        )
+
+    async def _act(self, lease: Lease, attempt: Attempt) -> Any:
+        driver = lease.driver
+        if not lease.used and self.dialect.in_transaction(driver):
             # A listener of the pool has left one open; what it has set in it is to stay.
-            adapted: Any = connection.dbapi_connection
+            adapted: Any = lease.connection.dbapi_connection
             await greenlets.run(adapted.commit)
-        admission = await self._admit(connection, attempt)
+        admission: Admission | None = lease.info.get(_ADMISSION)
+        if admission is None or not self._is_verified(admission, lease.info, attempt):
+            admission = await self._admit(lease.connection, attempt)
         if admission.read_committed:
             return await self._send(driver, attempt)
         async with driver.transaction(isolation="read_committed"):
@@ -764,10 +786,12 @@ class Database:
         return admission
 
     async def _ask_connection(self, connection: PoolProxiedConnection) -> Admission:
+        expected = self.map_version
         try:
-            admission = await self.dialect.admit(connection.driver_connection)
+            said = await self.dialect.admit(connection.driver_connection)
         except Exception as error:
             raise self.dialect.translate(error, connection.dbapi_connection) from error
+        admission = replace(said, expected=expected)
         created = admission.shard_uuid is not None or not self.tables.of_gateway
         if created and not admission.server.standby:
             connection.info[_ADMISSION] = admission
@@ -785,17 +809,22 @@ class Database:
         """Whether the connection may be used without a look at what it leads to."""
         return True
 
-    async def _check_out(self) -> PoolProxiedConnection:
-        line = self.here.own("line", Line)
+    @cached_property
+    def _line(self) -> Line:
+        return self.here.own("line", Line)
+
+    async def _check_out(self) -> Lease:
+        line, pool = self._line, self.engine.sync_engine.pool
         if line.waiting:
             await asyncio.sleep(0)  # what was just returned is for whoever has waited for it
         line.waiting += 1
         try:
-            return await greenlets.run(self.engine.sync_engine.raw_connection)
+            connection = await greenlets.run(self.engine.sync_engine.raw_connection)
         except self.dialect.sqlalchemy_dialect.loaded_dbapi.Error as error:
             raise self.dialect.wrap(error, None) from error
         finally:
             line.waiting -= 1
+        return Lease(connection, self.engine, pool, self._now())
 
     async def _give_back(self, connection: PoolProxiedConnection, error: Exception) -> None:
         """After an error: roll back and return the connection, or drop it if it is lost."""
@@ -808,6 +837,7 @@ class Database:
         if isinstance(error, DBAPIError) and error.connection_invalidated:
             # What ended this connection has ended its elders too: the next call gets a new one.
             self.engine.sync_engine.pool._invalidate(connection, error)
+            self._kept.end()
             return
         try:
             await self.dialect.abandon(connection.driver_connection)
@@ -924,7 +954,6 @@ class Shard(Database):
         self.coalesce = coalesce
         self.quarantine: Quarantine | None = None
         self.uuid: str | None = None
-        self.map_version = 0
         self.verify: Verify | None = None
         self._server: Server | None = None
         self._looked = 0.0
@@ -974,7 +1003,8 @@ class Shard(Database):
         return task
 
     async def close(self) -> None:
-        """End what goes on in the background."""
+        """End what goes on in the background, and return the connections that are kept."""
+        self.state.of_loop().own("kept", partial(Kept, asyncio.get_running_loop())).end()
         background = list(self._background)
         for task in background:
             task.cancel()
@@ -1011,12 +1041,12 @@ class Shard(Database):
 
     def _serves(self, attempt: Attempt) -> bool:
         """Whether the shard is not known to be down; raises ShardQuarantined where it refuses."""
-        if not attempt.about_the_shard:
-            self.refuse(writes=attempt.writes)
+        if self.quarantine is not None and not attempt.about_the_shard:
+            self._refuse(self.quarantine, writes=attempt.writes)
         return self._outage is None
 
     def _has_answered(self) -> None:
-        super()._has_answered()
+        self.state.answered = self.loop.time()
         self._outage = None
 
     def refuse(self, *, writes: bool) -> None:
@@ -1034,9 +1064,10 @@ class Shard(Database):
 
     def _lane(self, kind: Any) -> Lane[Any, Any]:
         """Its own: what another gateway on the same engine has verified is that one's business."""
-        if kind not in self._lanes:
-            self._lanes[kind] = _new_lane(kind)
-        return self._lanes[kind]
+        lane = self._lanes.get(kind)
+        if lane is None:
+            lane = self._lanes[kind] = _new_lane(kind)
+        return lane
 
     def _note_unanswered(self) -> None:
         UNANSWERED.set(Unanswered(self.name))
@@ -1046,14 +1077,13 @@ class Shard(Database):
         if attempt.began > self._looked:
             self._server = None
 
-    async def _ask_connection(self, connection: PoolProxiedConnection) -> Admission:
-        expected = self.map_version
-        return replace(await super()._ask_connection(connection), expected=expected)
-
     def _is_verified(self, admission: Admission, info: dict[Any, Any], attempt: Attempt) -> bool:
         if self.verify is None or attempt.about_the_shard:
             return True
-        for mark in (info.get(self._mark), self._condemned):
+        own: Mark | None = info.get(self._mark)
+        if own is not None and own.admission is admission and own.verdict is None:
+            return True  # as nearly always
+        for mark in (own, self._condemned):
             if mark is not None and mark.is_of(admission):
                 return self._abides_by(mark.verdict, attempt)
         known = self._server is not None and admission.server.is_same(self._server)

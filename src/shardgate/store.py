@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from shardgate.errors import UsageError
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy.ext.asyncio import AsyncConnection
 
+    from shardgate.purge import Purge
     from shardgate.shards import Database
     from shardgate.sql.dialect import Guard, Key
     from shardgate.sql.transactions import Listed, RecordedOp, Tail
@@ -87,12 +89,13 @@ class Store:
         Rows that cannot be decoded do not count. Where some are met, a longer tail is read anew, so
         that what is returned is what one statement saw.
         """
+        key, guard = place
         window = limit
         while True:
-            rows = await self.database.tail(TailRead(place.key, place.guard, window))
+            rows = await self.database.tail(TailRead(key, guard, window))
             if rows is None:
                 raise RefusedError
-            items = await self._decoded(place.key, rows, codec)
+            items = await self._decoded(key, rows, codec)
             whole = window is None or len(rows) < window
             if whole or limit is None or len(items) >= limit:
                 return items if limit is None else items[-limit:]
@@ -117,8 +120,8 @@ class Store:
         Raises:
             UsageError: the operation's id has been used before, for something else.
         """
-        append = Append(place.key, place.guard, operation, items)
-        outcome = await self.database.append(append)
+        key, guard = place
+        outcome = await self.database.append(Append(key, guard, operation, items))
         self._count_write()
         if outcome is not Outcome.DONE:
             await self._accept(place, operation, outcome)
@@ -259,7 +262,11 @@ class Store:
 
     def _count_write(self) -> None:
         """A write has been answered: have old operations removed, now and then."""
-        purge_of(self.database).count_write(self.database, self.operation_memory)
+        self._purge.count_write(self.database, self.operation_memory)
+
+    @cached_property
+    def _purge(self) -> Purge:
+        return purge_of(self.database)
 
     async def _query(self, act: Callable[..., Awaitable[T]], *values: Any, **more: Any) -> T:
         tables = self.database.tables

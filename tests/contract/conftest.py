@@ -95,7 +95,7 @@ async def open_door(kind: str, urls: list[str], engines: EngineMaker) -> AsyncIt
         return door
 
     yield open_one
-    leaked = engines.checked_out()
+    leaked = await engines.still_out()
     for door in doors[:1]:
         await _empty(door)
     for door in doors:

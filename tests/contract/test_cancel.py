@@ -55,7 +55,7 @@ async def test_append_at_any_moment(door: Door, engines: EngineMaker) -> None:
         now = await door.session().get_items()
         assert now[: len(seen)] == seen, "what was seen has changed"
         assert_whole(now)
-        assert engines.checked_out() == 0
+        assert await engines.still_out() == 0
         seen = now
     await session.add_items(batch_of("w", 10_000, 3))
     history = await session.get_items()
@@ -75,7 +75,7 @@ async def test_pop_at_any_moment(door: Door, engines: EngineMaker) -> None:
         now = await door.session().get_items()
         assert now == items[: len(now)]
         assert left - len(now) in ((1,) if popped else (0, 1))
-        assert engines.checked_out() == 0
+        assert await engines.still_out() == 0
         left = len(now)
     assert await session.pop_item() == items[left - 1]
     assert (await door.counters())[0] == left - 1
@@ -89,7 +89,7 @@ async def test_clear_at_any_moment(door: Door, engines: EngineMaker) -> None:
         cleared = await _cancel_after(turns, session.clear_session())
         now = await door.session().get_items()
         assert now in (([],) if cleared else ([], items))
-        assert engines.checked_out() == 0
+        assert await engines.still_out() == 0
         await session.clear_session()
     assert await session.get_items() == []
 
@@ -103,7 +103,7 @@ async def test_read_and_deletion_at_any_moment(door: Door, engines: EngineMaker)
         assert await session.get_items() == items
         deleted = await _cancel_after(turns, door.delete())
         assert await session.get_items() in (([],) if deleted else ([], items))
-        assert engines.checked_out() == 0
+        assert await engines.still_out() == 0
         await door.delete()
 
 
@@ -121,7 +121,7 @@ async def test_many_callers_cancelled_at_once(door: Door, engines: EngineMaker) 
     acknowledged = {str(n) for n, outcome in enumerate(outcomes) if outcome is None}
     assert acknowledged
     assert acknowledged <= {item["writer"] for item in history}
-    assert engines.checked_out() == 0
+    assert await engines.still_out() == 0
     await asyncio.gather(*(door.session().add_items(batch_of(str(n), 1, 1)) for n in range(40)))
     assert len(await door.session().get_items()) == len(history) + 40
 
@@ -214,7 +214,7 @@ async def test_a_write_that_never_answers_is_given_up(
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    assert engines.checked_out() == 0
+    assert await engines.still_out() == 0
     for proxy in proxies:
         proxy.resume()
     await cuttable.session().add_items([{"n": 9}])
@@ -232,7 +232,7 @@ async def test_a_read_is_given_up_at_once(
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    assert engines.checked_out() == 0
+    assert await engines.still_out() == 0
     for proxy in proxies:
         proxy.resume()
     assert len(await cuttable.session().get_items()) == 5

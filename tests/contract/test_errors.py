@@ -11,6 +11,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import DBAPIError, OperationalError, ProgrammingError, SQLAlchemyError
 from sqlalchemy.pool import AsyncAdaptedQueuePool
 
+from harness.engines import go_round
 from harness.proxy import CuttingProxy
 from shardgate.session import SQLAlchemySession
 
@@ -69,6 +70,7 @@ async def test_a_server_that_was_killed_and_came_back(
     assert await session.get_items() == [{"n": 1}] * 3
     await session.add_items([{"n": 2}])
     assert await session.pop_item() == {"n": 2}
+    await go_round()
     assert session.engine.pool.checkedout() == 0
     await session.aclose()
 
@@ -82,6 +84,7 @@ async def test_connections_that_were_cut(database: Database) -> None:
         )
         await session.add_items([{"n": 1}])
         await asyncio.gather(*(session.get_items() for _ in range(5)))
+        await go_round()
         assert session.engine.pool.checkedin() > 1
         for call in [session.get_items, *_calls(session)]:
             proxy.cut()
@@ -91,6 +94,7 @@ async def test_connections_that_were_cut(database: Database) -> None:
                 assert outcome.connection_invalidated
             await session.get_items()
             await asyncio.gather(*(session.get_items() for _ in range(5)))
+        await go_round()
         assert session.engine.pool.checkedout() == 0
         await session.aclose()
 
@@ -148,5 +152,6 @@ async def test_an_error_of_the_callers_own_decoder_is_the_callers(database: Data
             await call()
     plain: Any = SQLAlchemySession.from_url("chat-1", url=database.url)
     assert await plain.get_items() == [{"n": 1}]
+    await go_round()
     assert plain.engine.pool.checkedout() == 0
     await plain.aclose()

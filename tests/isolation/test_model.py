@@ -19,6 +19,7 @@ from hypothesis.stateful import (
 from sqlalchemy import delete
 
 from contract.doors import gateway_settings
+from harness.engines import go_round
 from shardgate.gateway import Gateway
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ class Platform(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         for gateway in self.gateways:
+            self.run(go_round())
             pools: list[Any] = [shard.engine.pool for shard in gateway.shards.values()]
             assert not any(pool.checkedout() for pool in pools)
             self.run(gateway.aclose())

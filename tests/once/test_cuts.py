@@ -130,7 +130,7 @@ async def test_a_storm(proxied: Wire, engines: EngineMaker, cancels: bool) -> No
     assert history.errors() == []
     assert history.problems(items) == []
     assert (await proxied.past.counters())[0] == len(items)
-    assert engines.checked_out() == 0
+    assert await engines.still_out() == 0
 
 
 @pytest.mark.soak

@@ -349,7 +349,7 @@ async def test_a_caller_whose_task_is_gone_leaves_nothing_behind(
         append = shard.append(Append(key, guard, Operation("gone", "append"), ["1"]))
         ticket: Any = append.send(None)
         if cancelled:
-            ticket._attempt.sent = True
+            ticket.attempt.sent = True
             assert ticket.cancel()
         append.close()
         assert ticket.cancelled()

@@ -32,13 +32,9 @@ class Sent(Ticket[Load, str]):
     def __init__(self, load: Load, send: Callable[..., Awaitable[None]]) -> None:
         super().__init__(load, loop=asyncio.get_running_loop())
         self._send = send
-        self.is_aboard = False
 
     async def send(self, lane: Lane[Load, str], together: Sequence[Ticket[Load, str]]) -> None:
         await self._send(together)
-
-    def board(self) -> None:
-        self.is_aboard = True
 
 
 @dataclass
@@ -53,8 +49,6 @@ class Sender:
     async def send(self, tickets: Sequence[Ticket[Load, str]]) -> None:
         """What any of the tickets does."""
         self.sent.append([ticket.load.identity for ticket in tickets])
-        for ticket in tickets:
-            ticket.board()
         try:
             await self.arrive.wait()
         except asyncio.CancelledError:
