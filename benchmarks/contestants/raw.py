@@ -205,17 +205,25 @@ class RawTogether(RawPostgreSQL):
     async def open(self) -> None:
         await super().open()
         (shelf,) = self.shelves.values()
-        self.reads = Crowd(self.dialect.tail_many, shelf.connections[:SEATS])
-        self.appends = Crowd(self.dialect.append_many, shelf.connections[SEATS:])
+        room = Room()
+        self.reads = Bench(room, self.dialect.tail_many, shelf.connections[:SEATS])
+        self.appends = Bench(room, self.dialect.append_many, shelf.connections[SEATS:])
 
     def session(self, name: Name) -> Session:
         return CrowdSession(self, self.spots[name])
 
 
-class Crowd:
-    """Operations that wait for a connection, and go on it together."""
+class Room:
+    """How many operations of all kinds wait or are under way."""
 
-    def __init__(self, send: Any, connections: list[Any]) -> None:
+    size = 0
+
+
+class Bench:
+    """Operations of a kind that wait for a connection, and go on it together."""
+
+    def __init__(self, room: Room, send: Any, connections: list[Any]) -> None:
+        self._room = room
         self._send = send
         self._free = list(connections)
         self._waiting: list[tuple[Any, asyncio.Future[Any]]] = []
@@ -227,6 +235,7 @@ class Crowd:
         loop = asyncio.get_running_loop()
         answer = loop.create_future()
         self._waiting.append((operation, answer))
+        self._room.size += 1
         if not self._is_open:
             self._is_open = True
             loop.call_soon(self._depart)
@@ -236,7 +245,7 @@ class Crowd:
         """Share out who waits as our seats do."""
         self._is_open = False
         while self._waiting and self._free:
-            most = share(len(self._waiting), free=len(self._free))
+            most = share(len(self._waiting), crowd=self._room.size, free=len(self._free))
             going, self._waiting = self._waiting[:most], self._waiting[most:]
             flight = asyncio.create_task(self._fly(self._free.pop(), going))
             self._flights.add(flight)
@@ -246,6 +255,7 @@ class Crowd:
         answers = await self._send(connection, [operation for operation, _ in going])
         for (_, waits), answer in zip(going, answers, strict=True):
             waits.set_result(answer)
+        self._room.size -= len(going)
         self._free.append(connection)
         self._depart()
 

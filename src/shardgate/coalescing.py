@@ -3,7 +3,8 @@
 A lane has a few seats. Whoever finds hardly anybody under way goes at once, alone. Where a few
 are, all who come within one turn of the event loop go together. Where more are, what arrives waits
 in order, and a seat that becomes free takes half of those who wait along, the last one all who may
-go together; a further one leaves as soon as enough wait to be worth a statement. So nothing is held
+go together; a further one leaves as soon as enough wait to be worth a statement: sixteen, or a
+quarter of all there are. So nothing is held
 back while the database has little to do, and the more there is to do, the less each operation
 costs. What must keep its order has a turn: it waits while another of the same turn is under way,
 free seats or not.
@@ -34,8 +35,11 @@ MOST_BYTES = 1 << 20
 """Bytes of one statement, or of its answer as far as it is foreseen, unless a single operation has
 more."""
 WORTH_A_SEAT = 16
-"""So many have to wait, for each seat that is taken, for a further one to be. Who waits is not
-parted into less."""
+"""So many have to wait, at least, for a further seat to be taken. Who waits is not parted into
+less."""
+CROWD_SHARE = 4
+"""And at least one in so many of the operations of all kinds that wait or are under way: the more
+there are, the more go together."""
 VERY_FEW = 2
 """While fewer operations are under way, whoever comes goes at once and alone."""
 FEW = 8
@@ -141,14 +145,23 @@ class Flight:
         self.task, self.together = None, ()
 
 
-def share(waiting: int, *, free: int) -> int:
+def share(waiting: int, *, crowd: int, free: int) -> int:
     """How many of those who wait go as one: while another seat is free, half, or what is worth one.
 
     If all who have got their answers in one statement went in one again, the process and the
     database would take turns, each with nothing to do meanwhile.
     """
     half = -(-waiting // 2)
-    return min(MOST_TOGETHER, max(WORTH_A_SEAT, half)) if free > 1 else MOST_TOGETHER
+    return min(MOST_TOGETHER, max(worth(crowd), half)) if free > 1 else MOST_TOGETHER
+
+
+def worth(crowd: int) -> int:
+    """How many have to wait for a further seat to be taken, where there are ``crowd`` in all.
+
+    Those who are answered together come again together: without this, statements would stay as
+    small as they once were, however many there are.
+    """
+    return max(WORTH_A_SEAT, crowd // CROWD_SHARE)
 
 
 class Seat:
@@ -161,15 +174,33 @@ class Seat:
         self.turns = turns
 
 
+class Crowd:
+    """The lanes to one database, of operations of each kind."""
+
+    def __init__(self) -> None:
+        self._lanes: list[Lane[Any, Any]] = []
+
+    def join(self, lane: Lane[Any, Any]) -> None:
+        self._lanes.append(lane)
+
+    @property
+    def size(self) -> int:
+        """How many operations wait or are under way."""
+        return sum([lane.size for lane in self._lanes])
+
+
 class Lane(Generic[J, R]):
     """Operations of one kind, of one event loop, on their way to one database.
 
-    It refers to nothing but those who wait and those who are under way. ``answer_bytes`` is what an
-    operation's answer has lately been, so that answers are bounded, too.
+    It refers to nothing but those who wait, those who are under way, and the ``crowd`` of lanes
+    that it is one of. ``answer_bytes`` is what an operation's answer has lately been, so that
+    answers are bounded, too.
     """
 
-    def __init__(self, *, seats: int, answer_bytes: int = 0) -> None:
+    def __init__(self, crowd: Crowd, *, seats: int, answer_bytes: int = 0) -> None:
         self.answer_bytes = answer_bytes
+        self._crowd = crowd
+        crowd.join(self)
         self._loop = asyncio.get_running_loop()
         self._clock = self._loop.time
         self._seats = seats
@@ -191,9 +222,14 @@ class Lane(Generic[J, R]):
         """Whether a seat is free, and fewer operations are under way."""
         return len(self._taken) < self._seats and sum(self._taken.values()) < most
 
+    @property
+    def size(self) -> int:
+        """How many operations wait or are under way."""
+        return len(self._waiting) + sum(self._taken.values())
+
     def _may_depart(self) -> bool:
         """Whether a seat is free, and few are under way, or enough wait to be worth a statement."""
-        if len(self._waiting) >= WORTH_A_SEAT * len(self._taken):
+        if not self._taken or len(self._waiting) >= worth(self._crowd.size):
             return len(self._taken) < self._seats
         return self._has_room(FEW)
 
@@ -254,7 +290,8 @@ class Lane(Generic[J, R]):
         behind: list[Ticket[J, R]] = []
         identities: set[Hashable] = set()
         weight, waiting = 0, self._waiting
-        most = share(len(waiting), free=self._seats - len(self._taken))
+        free = self._seats - len(self._taken)
+        most = share(len(waiting), crowd=self._crowd.size, free=free)
         while waiting and len(together) < most:
             ticket = waiting[0]
             if not ticket.done():

@@ -21,7 +21,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.pool import AssertionPool, SingletonThreadPool, StaticPool
 
 from shardgate import greenlets
-from shardgate.coalescing import ALONE, MOST_BYTES, Lane, Ticket
+from shardgate.coalescing import ALONE, MOST_BYTES, Crowd, Lane, Ticket
 from shardgate.engines import state_of
 from shardgate.errors import (
     Contended,
@@ -417,7 +417,11 @@ class Database:
         return await self._single(attempt)
 
     def _lane(self, kind: Any) -> Lane[Any, Any]:
-        return self.here.own((kind, self.dialect), partial(_new_lane, kind))
+        return self.here.own((kind, self.dialect), partial(_new_lane, kind, self._crowd))
+
+    @cached_property
+    def _crowd(self) -> Crowd:
+        return self.here.own(("crowd", self.dialect), Crowd)
 
     def _single(self, attempt: Attempt) -> Coroutine[Any, Any, Any]:
         if attempt.writes and self.dialect.one_thread:
@@ -1066,8 +1070,12 @@ class Shard(Database):
         """Its own: what another gateway on the same engine has verified is that one's business."""
         lane = self._lanes.get(kind)
         if lane is None:
-            lane = self._lanes[kind] = _new_lane(kind)
+            lane = self._lanes[kind] = _new_lane(kind, self._crowd)
         return lane
+
+    @cached_property
+    def _crowd(self) -> Crowd:
+        return Crowd()
 
     def _note_unanswered(self) -> None:
         UNANSWERED.set(Unanswered(self.name))
@@ -1187,8 +1195,8 @@ async def ask_all(
     return answers, down
 
 
-def _new_lane(kind: Any) -> Lane[Any, Any]:
-    return Lane(seats=SEATS, answer_bytes=kind.foreseen_bytes)
+def _new_lane(kind: Any, crowd: Crowd) -> Lane[Any, Any]:
+    return Lane(crowd, seats=SEATS, answer_bytes=kind.foreseen_bytes)
 
 
 def driver_error(error: DBAPIError) -> BaseException:

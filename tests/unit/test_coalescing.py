@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardgate import coalescing
-from shardgate.coalescing import ALONE, MOST_BYTES, MOST_TOGETHER, Lane, Ticket
+from shardgate.coalescing import ALONE, MOST_BYTES, MOST_TOGETHER, Crowd, Lane, Ticket, worth
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -70,7 +70,7 @@ async def sender() -> Sender:
 
 @pytest.fixture
 async def lane() -> Lane[Load, str]:
-    return Lane(seats=1)
+    return Lane(Crowd(), seats=1)
 
 
 @pytest.fixture(autouse=True)
@@ -269,7 +269,7 @@ class Chats:
     """Two seats, and appends of chats: "a1" is the first of the chat "a"."""
 
     def __init__(self, sender: Sender) -> None:
-        self.lane: Lane[Load, str] = Lane(seats=2)
+        self.lane: Lane[Load, str] = Lane(Crowd(), seats=2)
         self.sender = sender
 
     def goes(self, name: str) -> Seat | None:
@@ -297,7 +297,7 @@ async def test_a_second_seat_is_taken_when_enough_wait(
     await turn()
     chats.waits("e1", "f1", "g1")
     await turn()
-    assert sender.sent == [["b1", "c1", "d1"]], "for a third one twice as many have to wait"
+    assert sender.sent == [["b1", "c1", "d1"]], "both seats are taken"
     chats.lane.give_back(first)
     await turn()
     assert sender.sent == [["b1", "c1", "d1"], ["e1", "f1", "g1"]]
@@ -310,22 +310,48 @@ async def test_half_of_those_who_wait_go_while_another_seat_is_free(
     sender: Sender, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(coalescing, "WORTH_A_SEAT", 2)
-    lane: Lane[Load, str] = Lane(seats=3)
+    lane: Lane[Load, str] = Lane(Crowd(), seats=3)
     queue(lane, sender, *"abcdefghi")
     await turn()
-    assert sender.sent == [[*"abcde"], [*"fg"]], "for a third one more have to wait"
+    assert sender.sent == [[*"abcde"], [*"fg"], [*"hi"]]
     sender.arrive.set()
     await turn()
     queue(lane, sender, "x", "y")
     await turn()
-    assert sender.sent[2:] == [["h", "i"], ["x", "y"]], "so few are not worth two statements"
+    assert sender.sent[3:] == [["x", "y"]], "so few are not worth two statements"
     await turn()
     assert all_free(lane)
 
 
+async def test_the_more_there_are_the_more_go_together(
+    sender: Sender, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Be they under way on another lane to the same database: they will be here next."""
+    monkeypatch.setattr(coalescing, "WORTH_A_SEAT", 2)
+    crowd = Crowd()
+    lane: Lane[Load, str] = Lane(crowd, seats=3)
+    other: Lane[Load, str] = Lane(crowd, seats=1)
+    assert [worth(n) for n in (0, 8, 11, 12, 15, 16)] == [2, 2, 2, 3, 3, 4]
+    assert lane.take_seat(Load("first")) is not None
+    queue(other, sender, *"abcdefghi")  # all of them leave
+    await turn()
+    assert len(sender.sent) == 1
+    assert crowd.size == 10
+    queue(lane, sender, "j", "k")
+    await turn()
+    assert len(sender.sent) == 1, "of eleven two would have been enough, of twelve three are"
+    queue(lane, sender, "l")
+    await turn()
+    assert sender.sent[1:] == [["j", "k", "l"]]
+    sender.arrive.set()
+    await turn()
+    assert all_free(other)
+    assert crowd.size == 1
+
+
 async def test_very_few_go_at_once_and_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(coalescing, "VERY_FEW", 2)
-    lane: Lane[Load, str] = Lane(seats=3)
+    lane: Lane[Load, str] = Lane(Crowd(), seats=3)
     first = lane.take_seat(Load("a", turn="chat"))
     assert first is not None
     assert lane.take_seat(Load("b", turn="chat")) is None, "it has to keep its order"
@@ -354,7 +380,7 @@ async def test_while_few_are_under_way_those_who_come_together_go_together(
     sender: Sender, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(coalescing, "FEW", 4)
-    lane: Lane[Load, str] = Lane(seats=3)
+    lane: Lane[Load, str] = Lane(Crowd(), seats=3)
     assert lane.take_seat(Load("first")) is not None
     queue(lane, sender, "a", "b")
     assert sender.sent == []
@@ -375,7 +401,7 @@ async def test_where_more_are_under_way_the_others_wait(
     sender: Sender, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(coalescing, "FEW", 3)
-    lane: Lane[Load, str] = Lane(seats=3)
+    lane: Lane[Load, str] = Lane(Crowd(), seats=3)
     assert lane.take_seat(Load("first")) is not None
     queue(lane, sender, "a", "b")
     await turn()
@@ -387,14 +413,14 @@ async def test_where_more_are_under_way_the_others_wait(
     assert sender.sent[1:] == [["c"]]
 
 
-async def test_each_further_seat_is_taken_when_more_wait(
+async def test_each_further_seat_is_taken_when_enough_wait(
     sender: Sender, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(coalescing, "WORTH_A_SEAT", 2)
     monkeypatch.setattr(coalescing, "MOST_TOGETHER", 2)
-    lane: Lane[Load, str] = Lane(seats=3)
+    lane: Lane[Load, str] = Lane(Crowd(), seats=3)
     assert lane.take_seat(Load("first")) is not None
-    for number, sent in enumerate([0, 1, 1, 1, 1, 2, 2, 2, 2, 2], 1):
+    for number, sent in enumerate([0, 1, 1, 2, 2, 2], 1):
         lane.wait(sender.ticket(f"n{number}"))
         await turn()
         assert len(sender.sent) == sent, number
@@ -463,7 +489,7 @@ def test_whatever_comes_a_chats_appends_are_sent_in_order_and_one_after_the_othe
 
 async def _in_order(seats: int, arrivals: list[tuple[str, int]]) -> None:
     """Each arrival is of a chat, so many turns of the loop after the one before."""
-    lane: Lane[Load, str] = Lane(seats=seats)
+    lane: Lane[Load, str] = Lane(Crowd(), seats=seats)
     under_way: set[str] = set()
     ended: dict[str, list[int]] = {}
 
