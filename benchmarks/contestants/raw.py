@@ -170,7 +170,8 @@ class AsyncpgSession:
         key, guard = self.spot.key, self.spot.guard
         place = (key.tenant_id, key.session_id, guard.slot, guard.owner, key.h)
         data = [json.dumps(item, separators=(",", ":")) for item in items]
-        values = (uuid4().hex, None, secrets.randbits(63), data, list(map(len, data)))
+        sizes = list(map(len, data))
+        values = (uuid4().hex, None, secrets.randbits(63), data, sizes, len(sizes), sum(sizes))
         async with self.spot.shelf.one() as connection:
             here, new = await connection.fetchrow(self.raw.append_sql, *place, *values)
         if not (here and new):

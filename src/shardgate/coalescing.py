@@ -67,7 +67,7 @@ class Load(Protocol):
 
     @property
     def identity(self) -> Hashable:
-        """Two of the same identity never go together."""
+        """Two of the same identity never go together; None: any two may."""
 
     @property
     def turn(self) -> Hashable:
@@ -305,7 +305,8 @@ class Lane(Generic[J, R]):
                     if together and (weight > MOST_BYTES or identity in identities):
                         break
                     together.append(ticket)
-                    identities.add(identity)
+                    if identity is not None:
+                        identities.add(identity)
                     if turn is not None:
                         turns.append(turn)
             waiting.popleft()

@@ -271,7 +271,8 @@ class Gateway:
 
     def _in_use(self, keyspace: str) -> Keyspace:
         """The keyspace, for an operation that begins now."""
-        self._check_use()
+        if self._closed or self._loop is not asyncio.get_running_loop():
+            self._check_use()
         return self._keyspaces[keyspace]
 
     async def _list(

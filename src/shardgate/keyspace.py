@@ -42,7 +42,7 @@ from shardgate.router import route
 from shardgate.settling import together
 from shardgate.shards import UNANSWERED, OutdatedError, Quarantine, ask_all
 from shardgate.slotmap import conflict, consult, map_of, not_named, unnamed_owners
-from shardgate.slots import from_signed, session_hash, slot_of, tenant_slots, to_signed
+from shardgate.slots import session_hash, slot_of_stored, tenant_slots, to_signed
 from shardgate.sql.dialect import Guard, Key
 from shardgate.sql.transactions import RefusedError
 from shardgate.store import Place, Store
@@ -181,7 +181,7 @@ class Keyspace:
         try:
             while True:
                 known = self.map or await self._read()
-                slot = slot_of(from_signed(key.h), known.slots)
+                slot = slot_of_stored(key.h, known.slots)
                 name = known.owners[slot]
                 shard = self.shards.get(name)
                 if shard is None:
@@ -312,7 +312,7 @@ class Keyspace:
     def _visible(self, listed: Listed, owned: frozenset[int]) -> list[SessionInfo]:
         """The sessions that are the shard's: what it has copied, or not yet purged, is not."""
         slots = self.plan.slots
-        return [info for h, info in listed.sessions if slot_of(from_signed(h), slots) in owned]
+        return [info for h, info in listed.sessions if slot_of_stored(h, slots) in owned]
 
     async def _learn(
         self, known: KeyspaceMap, where: Route, tenant_id: str, *, seconds: float

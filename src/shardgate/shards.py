@@ -736,8 +736,10 @@ class Database:
             raise
         if self._may_keep(lease):
             self._kept.keep(lease)
-        else:
-            await greenlets.run(lease.end)
+            return answer
+        await greenlets.run(lease.end)
+        if self.state.keeps:
+            await asyncio.sleep(0)  # whoever has waited at the pool has it now
         return answer
 
     @cached_property

@@ -117,6 +117,11 @@ def slot_of(h: int, slots: int) -> int:
     return h >> _slot_shift(slots)
 
 
+def slot_of_stored(stored: int, slots: int) -> int:
+    """Return the slot of a stored ``h``, which is signed."""
+    return (stored + _SIGN) >> (65 - slots.bit_length())
+
+
 def slot_range(slot: int, slots: int) -> tuple[int, int]:
     """Return the first and the last signed ``h`` of a slot, both inclusive.
 
@@ -130,11 +135,6 @@ def slot_range(slot: int, slots: int) -> tuple[int, int]:
 def to_signed(h: int) -> int:
     """Return an unsigned ``h`` as it is stored: a signed 64-bit integer in the same order."""
     return h - _SIGN
-
-
-def from_signed(stored: int) -> int:
-    """Return the unsigned ``h`` of a stored one."""
-    return stored + _SIGN
 
 
 def _slot_shift(slots: int) -> int:

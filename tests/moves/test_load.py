@@ -15,7 +15,7 @@ from shardgate import Gateway, OwnershipConflict, ShardUnavailable, metadata
 from shardgate.agreement import Plan
 from shardgate.control.load import measure
 from shardgate.control.rebalance import Load
-from shardgate.slots import from_signed, slot_of, slot_range
+from shardgate.slots import slot_of_stored, slot_range
 from shardgate.sql.load import parameters, tally_statement
 from shardgate.sql.transactions import utc_now
 
@@ -52,7 +52,7 @@ async def stored(urls: dict[str, str], owners: tuple[str, ...], slots: int) -> l
     found: defaultdict[int, list[dict[str, Any]]] = defaultdict(list)
     for name, url in urls.items():
         for row in await records(url, "sessions"):
-            slot = slot_of(from_signed(row["h"]), slots)
+            slot = slot_of_stored(row["h"], slots)
             if owners[slot] == name:
                 found[slot].append(row)
     return [

@@ -115,3 +115,44 @@ async def test_a_call_has_its_callers_context() -> None:
     names = ["a", "b", "c"]
     assert await asyncio.gather(*map(caller, names)) == names
     assert await greenlets.run(WHOSE.get) == "nobody's"
+
+
+@pytest.mark.parametrize("waits", [False, True])
+async def test_a_call_of_which_nobody_waits_for_the_end(waits: bool) -> None:
+    done = []
+
+    def call() -> None:
+        if waits:
+            await_only(asyncio.sleep(0.001))
+        done.append("done")
+
+    await greenlets.run(Thing)
+    before = idle()
+    greenlets.soon(call, asyncio.get_running_loop())
+    assert done == ([] if waits else ["done"])
+    assert len(greenlets._unfinished) == (1 if waits else 0)
+    await asyncio.gather(*greenlets._unfinished)
+    assert done == ["done"]
+    await asyncio.sleep(0)
+    assert not greenlets._unfinished
+    assert idle() == before
+
+
+@pytest.mark.parametrize("waits", [False, True])
+async def test_what_it_raises_is_reported(waits: bool) -> None:
+    told: list[Any] = []
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(lambda _, context: told.append(context["exception"]))
+
+    def call() -> None:
+        if waits:
+            await_only(asyncio.sleep(0))
+        raise LookupError("nobody waits")
+
+    greenlets.soon(call, loop)
+    if greenlets._unfinished:
+        await asyncio.wait(greenlets._unfinished)
+        await asyncio.sleep(0)  # nobody refers to it any more
+    gc.collect()
+    loop.set_exception_handler(None)
+    assert [str(error) for error in told] == ["nobody waits"]

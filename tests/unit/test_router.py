@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shardgate.router import Route, route
-from shardgate.slots import from_signed, session_hash, slot_of
+from shardgate.slots import session_hash, slot_of, slot_of_stored, to_signed
 from shardgate.topology import KeyspaceMap, assign
 
 tenant_ids = st.text(st.characters(min_codepoint=0x30, max_codepoint=0x7E), min_size=1, max_size=64)
@@ -37,7 +37,8 @@ def test_a_route_names_shard_slot_epoch_and_hash() -> None:
 def test_a_route_follows_the_map(known: KeyspaceMap, tenant: str, session: str) -> None:
     found = route(known, tenant, session)
     h = session_hash(tenant, session, slots=known.slots, spread=known.spread)
-    assert from_signed(found.h) == h
+    assert found.h == to_signed(h)
+    assert slot_of_stored(found.h, known.slots) == found.slot
     assert found.slot == slot_of(h, known.slots)
     assert (found.shard, found.epoch) == (known.owner(found.slot), found.slot + 1)
     assert found.keyspace == known.name

@@ -52,16 +52,14 @@ _OP = """
     ON CONFLICT DO NOTHING RETURNING 1
 """
 
-# $8 incarnation, $9 items, $10 their sizes in bytes. The upsert locks the session's row until the
-# commit, so seq follows the order of commits.
+# $8 incarnation, $9 items, $10 their sizes in bytes, $11 how many they are, $12 all of their bytes.
+# The upsert locks the session's row until the commit, so seq follows the order of commits.
 _APPEND = """
-    WITH guard AS MATERIALIZED ({guard}), batch AS (
-        SELECT count(*) AS n, sum(size) AS size FROM unnest($10::bigint[]) AS size
-    ), op AS ({op}), locked AS (
+    WITH guard AS MATERIALIZED ({guard}), op AS ({op}), locked AS (
         INSERT INTO {sessions} AS s
             (tenant_id, session_id, h, incarnation, next_seq, floor_seq, revision,
              item_count, byte_count, created_at, updated_at, listed_at)
-        SELECT $1, $2, $5, $8, n + 1, 1, 1, n, size, {now}, {now}, {now} FROM op, batch
+        SELECT $1, $2, $5, $8, $11::bigint + 1, 1, 1, $11, $12, {now}, {now}, {now} FROM op
         ON CONFLICT (tenant_id, session_id) DO UPDATE SET
             next_seq = s.next_seq + excluded.item_count,
             revision = s.revision + 1,
@@ -74,9 +72,9 @@ _APPEND = """
     ), added AS (
         INSERT INTO {messages}
             (tenant_id, session_id, seq, message_data, op_id, nbytes, created_at)
-        SELECT $1, $2, locked.next_seq - batch.n + item.place - 1, item.data, $6, item.size,
+        SELECT $1, $2, locked.next_seq - $11 + item.place - 1, item.data, $6, item.size,
                locked.updated_at
-        FROM locked, batch,
+        FROM locked,
              unnest($9::text[], $10::bigint[]) WITH ORDINALITY AS item (data, size, place)
     )
     SELECT EXISTS (SELECT FROM guard), EXISTS (SELECT FROM op)
@@ -329,7 +327,7 @@ class PostgreSQL(Dialect):
         names["held_many"] = _HELD_MANY.format_map(names) if guarded else "true"
         self.append_many_sql = write(_APPEND_MANY)
         self.tail_many_sql = write(_TAIL_MANY)
-        self.append_sql = write(_APPEND, "append", "(SELECT n FROM batch)")
+        self.append_sql = write(_APPEND, "append", "$11::bigint")
         self.tail_sql = write(_TAIL)
         self.long_tail_sql = write(_LONG_TAIL)
         self.pop_sql = write(_POP)
@@ -337,12 +335,15 @@ class PostgreSQL(Dialect):
 
     async def append(self, connection: Any, append: Append) -> Outcome:
         items = append.items
+        sizes = [nbytes(item) for item in items]
         row = await connection.fetchrow(
             self.append_sql,
             *_change(append.key, append.guard, append.operation),
             new_incarnation(),
             items,
-            [nbytes(item) for item in items],
+            sizes,
+            len(sizes),
+            sum(sizes),
         )
         return _outcome(row)
 
