@@ -156,10 +156,17 @@ class StoredSession(SessionBase):
             UsageError: an item is not JSON, or the key was used for other items, or was settled as
                 not landed; nothing was written.
         """
-        data = await self._texts(check_items(items))
+        given = check_items(items)
+        if _is(self._serialize_item, _SERIALIZE):
+            data = self._encoded(given)
+        else:
+            data = await self._texts(given)
         if not data:
             return
-        operation = _append_operation(idempotency_key, data)
+        if idempotency_key is None:
+            operation = _operation("append")
+        else:
+            operation = _named_append(idempotency_key, data)
         try:  # as _change does, without one coroutine more to keep while it waits
             await self._perform(Store.append, operation, data)
         except OutcomeUnknown as error:
@@ -257,8 +264,12 @@ class StoredSession(SessionBase):
     async def _texts(self, items: list[TResponseInputItem]) -> list[str]:
         """What is to be stored for each item."""
         if _is(self._serialize_item, _SERIALIZE):
-            return [encode(item, ensure_ascii=self._ensure_ascii) for item in items]
+            return self._encoded(items)
         return [check_text(await self._serialize_item(item)) for item in items]
+
+    def _encoded(self, items: list[Any]) -> list[str]:
+        ensure_ascii = self._ensure_ascii
+        return [encode(item, ensure_ascii=ensure_ascii) for item in items]
 
     def _default_limit(self) -> int | None:
         settings = self._session_settings
@@ -417,13 +428,11 @@ def _operation(kind: Literal["append", "pop", "clear", "replace", "delete"]) -> 
     return Operation(urandom(16).hex(), kind)
 
 
-def _append_operation(idempotency_key: object, data: list[str]) -> Operation:
-    """An append of its own, or the one that the caller has named.
+def _named_append(idempotency_key: object, data: list[str]) -> Operation:
+    """The append that the caller has named.
 
     A caller's key is marked with one character, so that no op_id of ours can be it.
     """
-    if idempotency_key is None:
-        return _operation("append")
     key = _checked_id(idempotency_key, "idempotency_key", MAX_KEY)
     digest = sha256()
     for item in data:

@@ -6,7 +6,6 @@ Items come and go as text; what they mean is the session's business.
 from __future__ import annotations
 
 import logging
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -95,16 +94,16 @@ class Store:
             rows = await self.database.tail(TailRead(key, guard, window))
             if rows is None:
                 raise RefusedError
-            items = await self._decoded(key, rows, codec)
+            items = _decoded_at_once(rows) if codec.is_json else None
+            if items is None:
+                items = await self._one_by_one(key, rows, codec)
             whole = window is None or len(rows) < window
             if whole or limit is None or len(items) >= limit:
                 return items if limit is None else items[-limit:]
             window = 2 * len(rows)
 
-    async def _decoded(self, key: Key, newest_first: Sequence[str], codec: Codec) -> list[Any]:
-        if codec.is_json:
-            with suppress(*_NO_ITEM):
-                return decode_all(newest_first[::-1])
+    async def _one_by_one(self, key: Key, newest_first: Sequence[str], codec: Codec) -> list[Any]:
+        """The items that can be decoded."""
         items, skipped = [], 0
         for data in reversed(newest_first):
             try:
@@ -273,6 +272,14 @@ class Store:
         return await self.database.query(
             lambda connection: act(connection, tables, *values, **more)
         )
+
+
+def _decoded_at_once(newest_first: Sequence[str]) -> list[Any] | None:
+    """The items, oldest first; None where one of them cannot be decoded."""
+    try:
+        return decode_all(newest_first[::-1])
+    except _NO_ITEM:
+        return None
 
 
 def _named(operation: Operation) -> str:
