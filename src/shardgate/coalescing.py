@@ -289,7 +289,8 @@ class Lane(Generic[J, R]):
         turns: list[Hashable] = []
         behind: list[Ticket[J, R]] = []
         identities: set[Hashable] = set()
-        weight, waiting = 0, self._waiting
+        weight, answer_bytes = 0, self.answer_bytes
+        waiting, under_way = self._waiting, self._turns
         free = self._seats - len(self._taken)
         most = share(len(waiting), crowd=self._crowd.size, free=free)
         while waiting and len(together) < most:
@@ -297,18 +298,18 @@ class Lane(Generic[J, R]):
             if not ticket.done():
                 load = ticket.load
                 turn = load.turn
-                if turn in self._turns:
+                if turn is not None and turn in under_way:
                     behind.append(ticket)
                 else:
-                    weight += load.weight + self.answer_bytes
+                    weight += load.weight + answer_bytes
                     identity = load.identity
                     if together and (weight > MOST_BYTES or identity in identities):
                         break
                     together.append(ticket)
-                    if identity is not None:
-                        identities.add(identity)
                     if turn is not None:
                         turns.append(turn)
+                    if identity is not None:
+                        identities.add(identity)
             waiting.popleft()
         waiting.extendleft(reversed(behind))
         return together, turns
