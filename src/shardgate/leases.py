@@ -9,13 +9,16 @@ pools have listeners, connections that are due to be made anew, and others who w
 
 from __future__ import annotations
 
+from contextlib import suppress
 from contextvars import Context
 from typing import TYPE_CHECKING, Any
+from weakref import ref
 
 from shardgate import greenlets
 
 if TYPE_CHECKING:
     import asyncio
+    from weakref import ReferenceType
 
     from sqlalchemy import Pool
     from sqlalchemy.ext.asyncio import AsyncEngine
@@ -63,19 +66,33 @@ class Lease:
             self.connection.invalidate()
 
 
+class Round(list[Lease]):
+    """The leases that are kept while the event loop goes round.
+
+    Nobody refers to them but the loop: engines are remembered for as long as their pools live, and
+    a pool that is referred to from there would live for ever. So where a loop is closed in the
+    middle of it, they are let go of here.
+    """
+
+    def __del__(self) -> None:
+        for lease in self:
+            with suppress(Exception):  # whatever is left of the loop and the pool
+                lease.connection.detach()
+
+
 class Kept:
     """The connections that an event loop keeps of a pool."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self._context = Context()  # it is no request's that happens to be the first
-        self._leases: list[Lease] = []
-        self._goes_round = False
+        self._round: ReferenceType[Round] | None = None
 
     def take(self) -> Lease | None:
         """The one that was used last, if there is one."""
-        while self._leases:
-            lease = self._leases.pop()
+        kept = self._kept()
+        while kept:
+            lease = kept.pop()
             if lease.is_current:
                 return lease
             self._end(lease)
@@ -84,27 +101,36 @@ class Kept:
     def keep(self, lease: Lease) -> None:
         """Keep one for the next operation, until the event loop has gone round."""
         lease.used, lease.idle = True, 0
-        self._leases.append(lease)
-        if not self._goes_round:
-            self._goes_round = True
-            self._loop.call_soon(self._go_round, context=self._context)
+        kept = self._kept()
+        if kept is not None:
+            kept.append(lease)
+        else:
+            self._go_on(Round([lease]))
 
     def end(self) -> None:
         """Return all of them."""
-        leases, self._leases = self._leases, []
-        for lease in leases:
+        while (lease := self.take()) is not None:
             self._end(lease)
 
-    def _go_round(self) -> None:
+    def _kept(self) -> Round | None:
+        """Those that are kept; None where the loop does not go round."""
+        return None if self._round is None else self._round()
+
+    def _go_on(self, kept: Round) -> None:
+        self._round = ref(kept)
+        self._loop.call_soon(self._go_round, kept, context=self._context)
+
+    def _go_round(self, kept: Round) -> None:
         """Return those that nobody has taken for long enough."""
-        for lease in self._leases:
+        for lease in kept:
             lease.idle += 1
-        unused = [lease for lease in self._leases if lease.idle > IDLE_TURNS]
-        if unused:
-            self._leases = [lease for lease in self._leases if lease.idle <= IDLE_TURNS]
-        self._goes_round = bool(self._leases)
-        if self._goes_round:
-            self._loop.call_soon(self._go_round, context=self._context)
+        unused = [lease for lease in kept if lease.idle > IDLE_TURNS]
+        for lease in unused:
+            kept.remove(lease)
+        if kept:
+            self._go_on(kept)
+        else:
+            self._round = None
         for lease in unused:
             self._end(lease)
 

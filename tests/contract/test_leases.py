@@ -4,6 +4,8 @@ own engines, for a moment, and for nobody else's harm."""
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -133,6 +135,31 @@ async def test_one_that_is_kept_when_the_engine_is_closed_is_dropped(session: An
     assert counted.dropped == 1
     assert engine.pool.checkedout() == 0
     assert [item["n"] for item in await session.get_items()] == [0, 1]
+
+
+@pytest.mark.filterwarnings("ignore:unclosed")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+async def test_a_loop_that_is_closed_right_after_it_keeps_no_pool_alive(database: Database) -> None:
+    async def use() -> weakref.ref[Any]:
+        session: Any = SQLAlchemySession.from_url("chat", url=database.url, create_tables=True)
+        await session.add_items([{"n": 0}])
+        pool = session.engine.pool
+        assert pool.checkedout() == 1
+        return weakref.ref(pool)
+
+    def on_a_loop_of_its_own() -> weakref.ref[Any]:
+        loop = asyncio.new_event_loop()
+        try:
+            return loop.run_until_complete(use())
+        finally:
+            loop.close()
+
+    pool = await asyncio.to_thread(on_a_loop_of_its_own)
+    session: Any = SQLAlchemySession.from_url("chat", url=database.url)
+    assert await session.get_items() == [{"n": 0}]
+    gc.collect()
+    assert pool() is None
+    await session.aclose()
 
 
 async def test_closing_leaves_none_out(database: Database) -> None:

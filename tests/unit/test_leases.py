@@ -21,7 +21,7 @@ class Pool:
 class Connection:
     def __init__(self, pool: Pool) -> None:
         self.pool = pool
-        self.invalid = False
+        self.invalid = self.detached = False
         self.info: dict[Any, Any] = {}
         self.driver_connection = object()
 
@@ -30,6 +30,9 @@ class Connection:
 
     def invalidate(self) -> None:
         self.invalid = True
+
+    def detach(self) -> None:
+        self.detached = True
 
 
 class Engine:
@@ -103,7 +106,7 @@ async def test_the_event_loop_has_nothing_to_do_for_those_that_are_in_use() -> N
     stock.kept.keep(stock.lease())
     assert stock.kept.take() is not None
     await turns(1)
-    assert not stock.kept._goes_round
+    assert stock.kept._kept() is None
 
 
 async def test_of_an_engine_that_was_closed_none_is_used_again() -> None:
@@ -122,7 +125,7 @@ async def test_all_can_be_returned_at_once() -> None:
     for lease in leases:
         stock.kept.keep(lease)
     stock.kept.end()
-    assert stock.back == [lease.connection for lease in leases]
+    assert stock.back == [lease.connection for lease in reversed(leases)]
     await turns(IDLE_TURNS + 2)
     assert len(stock.back) == 3
 
@@ -145,3 +148,23 @@ async def test_one_that_cannot_be_returned_is_reported_and_no_other_is_lost(
     asyncio.get_running_loop().set_exception_handler(None)
     assert stock.back == [good.connection]
     assert [str(context["exception"]) for context in told] == ["no way back"]
+
+
+def test_a_loop_that_is_closed_keeps_none() -> None:
+    """It has not gone round: nobody refers to the connection any more, and so to its pool."""
+    loop = asyncio.new_event_loop()
+    kept: list[Kept] = []
+    connections: list[Any] = []
+
+    async def use() -> None:
+        stock = Stock()
+        lease = stock.lease()
+        kept.append(stock.kept)
+        connections.append(lease.connection)
+        stock.kept.keep(lease)
+
+    loop.run_until_complete(use())
+    assert not connections[0].detached
+    loop.close()
+    assert connections[0].detached
+    assert kept[0].take() is None
