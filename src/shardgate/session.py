@@ -410,7 +410,9 @@ class SQLAlchemySession(StoredSession):
         The next call of any of them opens new ones. An engine that was passed in is left alone.
         """
         if self._url is not None:
-            await end_purge(Database(self.engine, self._tables))
+            database = Database(self.engine, self._tables)
+            await end_purge(database)
+            database.return_kept()
             await close_shared_engine(*self._url)
 
     async def _perform(

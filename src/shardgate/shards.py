@@ -458,7 +458,8 @@ class Database:
             if not attempt.sent or self._is_unanswered(error):
                 raise
             outcomes = [ALONE] * len(aboard)
-        self._has_answered()
+        if aboard:
+            self._has_answered()
         for ticket, outcome in zip(aboard, outcomes, strict=True):
             if not ticket.done():
                 ticket.set_result(outcome)
@@ -746,6 +747,11 @@ class Database:
     def _kept(self) -> Kept:
         return self.here.own("kept", partial(Kept, self.loop))
 
+    def return_kept(self) -> None:
+        """Return the connections that the running event loop keeps, before the engine is closed."""
+        loop = asyncio.get_running_loop()
+        self.state.of_loop().own("kept", partial(Kept, loop)).end()
+
     def _may_keep(self, lease: Lease) -> bool:
         """Whether the next operation may have the connection, before anybody else."""
         return (
@@ -1010,7 +1016,7 @@ class Shard(Database):
 
     async def close(self) -> None:
         """End what goes on in the background, and return the connections that are kept."""
-        self.state.of_loop().own("kept", partial(Kept, asyncio.get_running_loop())).end()
+        self.return_kept()
         background = list(self._background)
         for task in background:
             task.cancel()
