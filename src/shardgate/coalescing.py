@@ -159,9 +159,10 @@ def worth(crowd: int) -> int:
     """How many have to wait for a further seat to be taken, where there are ``crowd`` in all.
 
     Those who are answered together come again together: without this, statements would stay as
-    small as they once were, however many there are.
+    small as they once were, however many there are. Half of what a statement takes is always
+    enough: else the few of one kind would wait because of the many of another.
     """
-    return max(WORTH_A_SEAT, crowd // CROWD_SHARE)
+    return max(WORTH_A_SEAT, min(MOST_TOGETHER // 2, crowd // CROWD_SHARE))
 
 
 class Seat:

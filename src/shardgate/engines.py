@@ -21,7 +21,7 @@ from shardgate.sql.sqlite import SQLite
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable
 
-    from sqlalchemy import URL, Pool
+    from sqlalchemy import URL, Engine, Pool
 
     from shardgate.sql.dialect import Dialect
     from shardgate.sql.schema import TableNames, Tables
@@ -57,12 +57,12 @@ class LoopState:
 class EngineState:
     """What is remembered of an engine as long as it lives."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, keeps: bool = False) -> None:
         self.verified: set[tuple[str | None, TableNames]] = set()
         self.first_use = threading.Lock()
         self.single_connection = threading.Lock()
         self.answered = float("-inf")  # when the database last answered, by the event loop's clock
-        self.keeps = False  # whether a connection may stay out of the pool between two operations
+        self.keeps = keeps  # whether a connection may stay out of the pool between two operations
         self._dialects: dict[tuple[str | None, TableNames], Dialect] = {}
         self._of_loops: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, LoopState] = (
             weakref.WeakKeyDictionary()
@@ -88,6 +88,9 @@ class EngineState:
 
 _states: weakref.WeakKeyDictionary[Pool, EngineState] = weakref.WeakKeyDictionary()
 _states_guard = threading.Lock()
+_keeping: weakref.WeakSet[Engine] = weakref.WeakSet()
+"""Engines whose connections may be kept. An engine of somebody else's may have users who count its
+connections, and a pool of any kind."""
 
 
 def state_of(engine: AsyncEngine) -> EngineState:
@@ -102,7 +105,11 @@ def state_of(engine: AsyncEngine) -> EngineState:
             "create_async_engine makes it"
         )
     with _states_guard:
-        return _states.setdefault(engine.sync_engine.pool, EngineState())
+        pool = engine.sync_engine.pool
+        state = _states.get(pool)
+        if state is None:
+            state = _states[pool] = EngineState(keeps=engine.sync_engine in _keeping)
+        return state
 
 
 def _dialect_for(engine: AsyncEngine, tables: Tables) -> Dialect:
@@ -138,10 +145,8 @@ def make_engine(url: str | URL, engine_kwargs: dict[str, Any]) -> AsyncEngine:
     if driver == SQLite.driver:
         options.setdefault("pool_reset_on_return", None)
     engine = create_async_engine(url, **options)
-    # An engine of somebody else's may have users who count its connections, and a pool of any kind.
-    state_of(engine).keeps = (
-        driver == PostgreSQL.driver and not {"pool", "poolclass"} & options.keys()
-    )
+    if driver == PostgreSQL.driver and not {"pool", "poolclass"} & options.keys():
+        _keeping.add(engine.sync_engine)
     if driver == SQLite.driver:
         event.listen(engine.sync_engine, "connect", _tune_sqlite)
     return engine

@@ -74,25 +74,21 @@ async def run(call: Callable[[], T]) -> T:
     return cast("T", clerk.hand_over())
 
 
-def soon(call: Callable[[], None], loop: asyncio.AbstractEventLoop) -> None:
+def soon(call: Callable[[], None], loop: asyncio.AbstractEventLoop) -> asyncio.Task[None] | None:
     """Make a call of which nobody waits for the end: what it waits for, a task of its own does.
 
-    What it raises is reported to the event loop.
+    The task has to be referred to, or it may be collected. What the call raises is reported to the
+    event loop.
     """
     clerk, said = _begin(call)
     if said is not clerk:
-        task = loop.create_task(_finish(clerk, said))
-        _unfinished.add(task)  # a task that nobody refers to may be collected
-        task.add_done_callback(_unfinished.discard)
-        return
+        return loop.create_task(_finish(clerk, said))
     _idle.clerks.append(clerk)
     try:
         clerk.hand_over()
     except Exception as error:  # noqa: BLE001 - there is nobody else to tell
         loop.call_exception_handler({"message": f"{call} has failed", "exception": error})
-
-
-_unfinished: set[asyncio.Task[None]] = set()
+    return None
 
 
 def _begin(call: Callable[[], Any]) -> tuple[Clerk, Any]:

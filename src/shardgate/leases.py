@@ -9,6 +9,7 @@ pools have listeners, connections that are due to be made anew, and others who w
 
 from __future__ import annotations
 
+import asyncio
 from contextlib import suppress
 from contextvars import Context
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,6 @@ from weakref import ref
 from shardgate import greenlets
 
 if TYPE_CHECKING:
-    import asyncio
     from weakref import ReferenceType
 
     from sqlalchemy import Pool
@@ -58,12 +58,20 @@ class Lease:
         """Whether it is of the engine's pool: an engine that was closed has another one."""
         return self.engine.sync_engine.pool is self.pool
 
-    def end(self) -> None:
-        """Return it; to be called where SQLAlchemy may wait for the event loop."""
+    async def end(self) -> None:
+        """Return it to its pool; it is dropped where that pool is done with."""
         if self.is_current:
-            self.connection.close()
+            await greenlets.run(self.connection.close)
         else:
-            self.connection.invalidate()
+            self.connection.invalidate()  # outside of a greenlet: it waits for nobody's goodbye
+
+    def end_soon(self, loop: asyncio.AbstractEventLoop) -> asyncio.Task[None] | None:
+        """As :meth:`end`; where that has to wait, as for a connection that its pool has no room
+        for, a task does."""
+        if self.is_current:
+            return greenlets.soon(self.connection.close, loop)
+        self.connection.invalidate()
+        return None
 
 
 class Round(list[Lease]):
@@ -87,6 +95,7 @@ class Kept:
         self._loop = loop
         self._context = Context()  # it is no request's that happens to be the first
         self._round: ReferenceType[Round] | None = None
+        self._ending: set[asyncio.Task[None]] = set()
 
     def take(self) -> Lease | None:
         """The one that was used last, if there is one."""
@@ -95,7 +104,7 @@ class Kept:
             lease = kept.pop()
             if lease.is_current:
                 return lease
-            self._end(lease)
+            self._end_soon(lease)
         return None
 
     def keep(self, lease: Lease) -> None:
@@ -107,10 +116,17 @@ class Kept:
         else:
             self._go_on(Round([lease]))
 
-    def end(self) -> None:
-        """Return all of them."""
+    async def end(self) -> None:
+        """Return all of them, and wait for those that are being returned."""
         while (lease := self.take()) is not None:
-            self._end(lease)
+            await lease.end()
+        if self._ending:
+            await asyncio.wait(self._ending)
+
+    def end_soon(self) -> None:
+        """As :meth:`end`, without waiting for it."""
+        while (lease := self.take()) is not None:
+            self._end_soon(lease)
 
     def _kept(self) -> Round | None:
         """Those that are kept; None where the loop does not go round."""
@@ -132,7 +148,10 @@ class Kept:
         else:
             self._round = None
         for lease in unused:
-            self._end(lease)
+            self._end_soon(lease)
 
-    def _end(self, lease: Lease) -> None:
-        greenlets.soon(lease.end, self._loop)
+    def _end_soon(self, lease: Lease) -> None:
+        task = lease.end_soon(self._loop)
+        if task is not None:
+            self._ending.add(task)
+            task.add_done_callback(self._ending.discard)

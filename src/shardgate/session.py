@@ -412,7 +412,7 @@ class SQLAlchemySession(StoredSession):
         if self._url is not None:
             database = Database(self.engine, self._tables)
             await end_purge(database)
-            database.return_kept()
+            await database.return_kept()
             await close_shared_engine(*self._url)
 
     async def _perform(

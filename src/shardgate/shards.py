@@ -738,7 +738,7 @@ class Database:
         if self._may_keep(lease):
             self._kept.keep(lease)
             return answer
-        await greenlets.run(lease.end)
+        await lease.end()
         if self.state.keeps:
             await asyncio.sleep(0)  # whoever has waited at the pool has it now
         return answer
@@ -747,10 +747,10 @@ class Database:
     def _kept(self) -> Kept:
         return self.here.own("kept", partial(Kept, self.loop))
 
-    def return_kept(self) -> None:
+    async def return_kept(self) -> None:
         """Return the connections that the running event loop keeps, before the engine is closed."""
         loop = asyncio.get_running_loop()
-        self.state.of_loop().own("kept", partial(Kept, loop)).end()
+        await self.state.of_loop().own("kept", partial(Kept, loop)).end()
 
     def _may_keep(self, lease: Lease) -> bool:
         """Whether the next operation may have the connection, before anybody else."""
@@ -826,9 +826,10 @@ class Database:
         return self.here.own("line", Line)
 
     async def _check_out(self) -> Lease:
-        line, pool = self._line, self.engine.sync_engine.pool
+        line = self._line
         if line.waiting:
             await asyncio.sleep(0)  # what was just returned is for whoever has waited for it
+        pool = self.engine.sync_engine.pool
         line.waiting += 1
         try:
             connection = await greenlets.run(self.engine.sync_engine.raw_connection)
@@ -849,7 +850,7 @@ class Database:
         if isinstance(error, DBAPIError) and error.connection_invalidated:
             # What ended this connection has ended its elders too: the next call gets a new one.
             self.engine.sync_engine.pool._invalidate(connection, error)
-            self._kept.end()
+            self._kept.end_soon()
             return
         try:
             await self.dialect.abandon(connection.driver_connection)
@@ -1016,7 +1017,7 @@ class Shard(Database):
 
     async def close(self) -> None:
         """End what goes on in the background, and return the connections that are kept."""
-        self.return_kept()
+        await self.return_kept()
         background = list(self._background)
         for task in background:
             task.cancel()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from sqlalchemy import event, text
 
-from harness.engines import go_round
+from harness.engines import go_round, other_tasks
 from harness.proxy import CuttingProxy
 from shardgate import SQLAlchemySession, leases
 
@@ -135,6 +135,7 @@ async def test_one_that_is_kept_when_the_engine_is_closed_is_dropped(session: An
     assert counted.dropped == 1
     assert engine.pool.checkedout() == 0
     assert [item["n"] for item in await session.get_items()] == [0, 1]
+    assert engine.pool.checkedout() == 1, "the new pool's are kept, too"
 
 
 @pytest.mark.filterwarnings("ignore:unclosed")
@@ -160,6 +161,20 @@ async def test_a_loop_that_is_closed_right_after_it_keeps_no_pool_alive(database
     gc.collect()
     assert pool() is None
     await session.aclose()
+
+
+async def test_closing_waits_for_those_that_the_pool_has_no_room_for(database: Database) -> None:
+    session: Any = SQLAlchemySession.from_url(
+        "chat",
+        url=database.url,
+        create_tables=True,
+        engine_kwargs={"pool_size": 1, "max_overflow": 10},
+    )
+    await session.add_items([{"n": 0}])
+    for _ in range(5):
+        await asyncio.gather(*(session.get_items() for _ in range(40)))
+        await session.aclose()
+        assert not other_tasks()
 
 
 async def test_closing_returns_it_first(database: Database) -> None:

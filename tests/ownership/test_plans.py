@@ -45,6 +45,9 @@ class Recorder:
         self.sent.append((statement, values))
         return (True, True, None)[: 3 if "newest" in statement else 2]
 
+    def is_in_transaction(self) -> bool:
+        return False
+
     def cursor(self, _kind: object) -> Recorder:
         return self
 

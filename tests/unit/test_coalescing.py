@@ -332,6 +332,7 @@ async def test_the_more_there_are_the_more_go_together(
     lane: Lane[Load, str] = Lane(crowd, seats=3)
     other: Lane[Load, str] = Lane(crowd, seats=1)
     assert [worth(n) for n in (0, 8, 11, 12, 15, 16)] == [2, 2, 2, 3, 3, 4]
+    assert worth(10_000) == MOST_TOGETHER // 2
     assert lane.take_seat(Load("first")) is not None
     queue(other, sender, *"abcdefghi")  # all of them leave
     await turn()

@@ -124,7 +124,7 @@ async def test_all_can_be_returned_at_once() -> None:
     leases = [stock.lease() for _ in range(3)]
     for lease in leases:
         stock.kept.keep(lease)
-    stock.kept.end()
+    await stock.kept.end()
     assert stock.back == [lease.connection for lease in reversed(leases)]
     await turns(IDLE_TURNS + 2)
     assert len(stock.back) == 3

@@ -6,6 +6,7 @@ import json
 import re
 from typing import TYPE_CHECKING, Any
 
+import asyncpg
 import pytest
 import sqlglot
 from sqlalchemy import event, insert, text
@@ -57,6 +58,10 @@ class Listener:
 
     def __init__(self) -> None:
         self.sent: list[Sent] = []
+        self.in_transaction = False
+
+    def is_in_transaction(self) -> bool:
+        return self.in_transaction
 
     async def fetch(self, sql: str, *values: Any) -> Any:
         self.sent.append((sql, values))
@@ -75,6 +80,31 @@ class Listener:
 
     async def __aexit__(self, *_: object) -> None:
         return None
+
+
+class Full(Listener):
+    """A server that cannot make an array of what it is asked for; rows it can."""
+
+    async def fetchrow(self, sql: str, *values: Any) -> Any:
+        self.sent.append((sql, values))
+        raise asyncpg.ProgramLimitExceededError
+
+    async def fetch(self, sql: str, *values: Any) -> Any:
+        self.sent.append((sql, values))
+        return [(2, "two"), (1, "one")]
+
+
+@pytest.mark.parametrize("in_transaction", [False, True])
+async def test_what_is_too_large_for_an_array_is_read_as_rows(in_transaction: bool) -> None:
+    """In a transaction at once: there, a statement that has failed would be the last one."""
+    engine = create_async_engine(URLS["postgres"])
+    dialect: Any = DIALECTS["asyncpg"](GATEWAY, engine.dialect)
+    server = Full()
+    server.in_transaction = in_transaction
+    read = TailRead(Key(TENANT, "chat", 1), GUARD, 20)
+    assert await dialect.tail(server, read) == ["two", "one"]
+    as_array = [] if in_transaction else [dialect.tail_sql]
+    assert [sql for sql, _ in server.sent] == [*as_array, dialect.long_tail_sql]
 
 
 async def sent_by(engine: AsyncEngine, tables: Tables) -> dict[str, Sent]:

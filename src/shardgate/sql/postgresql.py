@@ -349,7 +349,8 @@ class PostgreSQL(Dialect):
 
     async def tail(self, connection: Any, read: TailRead) -> list[str] | None:
         values = *_place(read.key, read.guard), read.limit
-        if read.limit is not None and read.limit <= LONGEST_TAIL:
+        is_short = read.limit is not None and read.limit <= LONGEST_TAIL
+        if is_short and not connection.is_in_transaction():  # there, what fails ends all of it
             try:
                 row = await connection.fetchrow(self.tail_sql, *values)
             except _TOO_LARGE:  # for an array
