@@ -461,8 +461,7 @@ class Database:
         if aboard:
             self._has_answered()
         for ticket, outcome in zip(aboard, outcomes, strict=True):
-            if not ticket.done():
-                ticket.set_result(outcome)
+            ticket.give(outcome)
 
     def _is_unanswered(self, error: Exception) -> bool:
         """Whether a statement that was sent may have taken effect, for all that is known."""
