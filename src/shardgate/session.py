@@ -157,7 +157,7 @@ class StoredSession(SessionBase):
                 not landed; nothing was written.
         """
         given = check_items(items)
-        if _is(self._serialize_item, _SERIALIZE):
+        if _is(self._serialize_item, _SERIALIZE):  # as _texts does, without its coroutine
             data = self._encoded(given)
         else:
             data = await self._texts(given)

@@ -60,8 +60,6 @@ if TYPE_CHECKING:
     Verify = Callable[["Shard", Admission], Coroutine[Any, Any, "Quarantine | None"]]
 
 T = TypeVar("T")
-J = TypeVar("J", Append, TailRead)
-R = TypeVar("R")
 
 CONTENTION_SECONDS = 30.0
 """How long an operation without a deadline tries again after contention."""
