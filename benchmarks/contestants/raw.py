@@ -26,7 +26,7 @@ from benchmarks.contestants.ours import DURABLE, ThroughGateway
 from benchmarks.servers import driver_url
 from shardgate.coalescing import share
 from shardgate.engines import make_engine
-from shardgate.items import decode_all, encode
+from shardgate.items import MARKED, decode_all, encode, split
 from shardgate.shards import SEATS
 from shardgate.sql.dialect import Append, Guard, Key, Operation, Outcome, TailRead
 from shardgate.sql.mysql import MySQL
@@ -163,8 +163,8 @@ class AsyncpgSession:
         key, guard = self.spot.key, self.spot.guard
         place = (key.tenant_id, key.session_id, guard.slot, guard.owner)
         async with self.spot.shelf.one() as connection:
-            (newest_first,) = await connection.fetchrow(self.raw.tail_sql, *place, limit)
-        return [json.loads(data) for data in reversed(newest_first)]
+            _, newest = await connection.fetchrow(self.raw.tail_sql, *place, limit, MARKED)
+        return [json.loads(data) for data in reversed(newest.split(MARKED))]
 
     async def add_items(self, items: list[Any]) -> None:
         key, guard = self.spot.key, self.spot.guard
@@ -270,7 +270,7 @@ class CrowdSession:
 
     async def get_items(self, limit: int | None = None) -> list[Any]:
         rows = await self.raw.reads.join(TailRead(self.spot.key, self.spot.guard, limit))
-        return decode_all((rows or [])[::-1])
+        return decode_all(*rows)[::-1]
 
     async def add_items(self, items: list[Any]) -> None:
         _check(await self.raw.appends.join(_append(self.spot, items)))
@@ -315,7 +315,7 @@ class AiomysqlSession:
         tail, spot = self.raw.dialect.tail, self.spot
         async with self.spot.shelf.one() as connection:
             rows = await tail(connection, TailRead(spot.key, spot.guard, limit))
-        return [json.loads(data) for data in reversed(rows or [])]
+        return [json.loads(data) for data in reversed(split(*rows))]
 
     async def add_items(self, items: list[Any]) -> None:
         data = [json.dumps(item, separators=(",", ":")) for item in items]

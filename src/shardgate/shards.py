@@ -13,7 +13,6 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from itertools import chain
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from sqlalchemy.exc import DBAPIError, OperationalError
@@ -54,7 +53,7 @@ if TYPE_CHECKING:
 
     from shardgate.coalescing import Alone
     from shardgate.engines import LoopState
-    from shardgate.sql.dialect import Admission, Dialect, Outcome, Server
+    from shardgate.sql.dialect import Admission, Dialect, Outcome, Rows, Server
     from shardgate.sql.schema import TableNames, Tables
 
     Verify = Callable[["Shard", Admission], Coroutine[Any, Any, "Quarantine | None"]]
@@ -187,19 +186,19 @@ class TailReads:
     foreseen_bytes = MOST_BYTES // 8  # until it is known, a few at a time
 
     @staticmethod
-    async def one(dialect: Dialect, read: TailRead, connection: Any) -> list[str] | None:
+    async def one(dialect: Dialect, read: TailRead, connection: Any) -> Rows | None:
         return await dialect.tail(connection, read)
 
     @staticmethod
     async def many(
         dialect: Dialect, reads: Sequence[TailRead], connection: Any
-    ) -> list[list[str] | None]:
+    ) -> list[Rows | None]:
         return await dialect.tail_many(connection, reads)
 
     @staticmethod
-    def answer_bytes(answers: Sequence[list[str] | None]) -> int:
+    def answer_bytes(answers: Sequence[Rows | None]) -> int:
         """How much one answer has, on average."""
-        return sum(map(len, chain.from_iterable(filter(None, answers)))) // len(answers)
+        return sum([len(rows[1]) for rows in answers if rows is not None]) // len(answers)
 
 
 class _Ticket(Ticket[Any, Any]):
@@ -373,7 +372,7 @@ class Database:
         """As :meth:`write`; sent together with others, where it would have to wait."""
         return self._at_once(Attempt(self._now(), append, Appends))
 
-    def tail(self, read: TailRead) -> Coroutine[Any, Any, list[str] | None]:
+    def tail(self, read: TailRead) -> Coroutine[Any, Any, Rows | None]:
         """As :meth:`read`, the newest rows, newest first; together with others likewise.
 
         None where the guard fails.

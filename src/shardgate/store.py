@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from shardgate.errors import UsageError
-from shardgate.items import decode, decode_all
+from shardgate.items import decode, decode_all, split
 from shardgate.purge import OPERATION_MEMORY, purge_of
 from shardgate.sql import transactions
 from shardgate.sql.dialect import Append, Operation, Outcome, TailRead
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from shardgate.purge import Purge
     from shardgate.shards import Database
-    from shardgate.sql.dialect import Guard, Key
+    from shardgate.sql.dialect import Guard, Key, Rows
     from shardgate.sql.transactions import Listed, RecordedOp, Tail
 
 T = TypeVar("T")
@@ -97,15 +97,15 @@ class Store:
             items = _decoded_at_once(rows) if codec.is_json else None
             if items is None:
                 items = await self._one_by_one(key, rows, codec)
-            whole = window is None or len(rows) < window
+            whole = window is None or rows[0] < window
             if whole or limit is None or len(items) >= limit:
                 return items if limit is None else items[-limit:]
-            window = 2 * len(rows)
+            window = 2 * rows[0]
 
-    async def _one_by_one(self, key: Key, newest_first: Sequence[str], codec: Codec) -> list[Any]:
+    async def _one_by_one(self, key: Key, newest_first: Rows, codec: Codec) -> list[Any]:
         """The items that can be decoded."""
         items, skipped = [], 0
-        for data in reversed(newest_first):
+        for data in reversed(split(*newest_first)):
             try:
                 items.append(await codec.item(data))
             except UndecodableError:
@@ -274,10 +274,10 @@ class Store:
         )
 
 
-def _decoded_at_once(newest_first: Sequence[str]) -> list[Any] | None:
+def _decoded_at_once(newest_first: Rows) -> list[Any] | None:
     """The items, oldest first; None where one of them cannot be decoded."""
     try:
-        return decode_all(newest_first[::-1])
+        return decode_all(*newest_first)[::-1]
     except _NO_ITEM:
         return None
 

@@ -41,6 +41,10 @@ class Recorder:
         self.sent.append((statement, values))
         return [(True, None, None)] if "unnest" not in statement else []
 
+    async def fetchval(self, statement: str, *values: Any) -> str:
+        self.sent.append((statement, values))
+        return ""
+
     async def fetchrow(self, statement: str, *values: Any) -> tuple[Any, ...]:
         self.sent.append((statement, values))
         return (True, True, None)[: 3 if "newest" in statement else 2]
@@ -205,7 +209,10 @@ async def test_postgresql_together(filled: tuple[Shard, Place], mode: str) -> No
                 if "Index Name" in node or node.get("Relation Name") not in {None, *small}
             ]
             for node in found:
-                assert node["Node Type"] in {"Index Scan", "Index Only Scan", "ModifyTable"}, told
+                by_key = {"Index Scan", "Index Only Scan", "ModifyTable"}
+                if node.get("Index Name") == "shardgate_tenants_pkey":  # many at once
+                    by_key.add("Bitmap Index Scan")
+                assert node["Node Type"] in by_key, told
                 assert ("Index Cond" in node) == ("Index Name" in node), told
             used = {node["Index Name"] for node in found if "Index Name" in node}
             assert used >= {"shardgate_sessions_pkey"}

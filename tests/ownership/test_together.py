@@ -14,7 +14,7 @@ from gateway.shards import engine_at, item, settings_at
 from once.wire import HoldingProxy
 from ownership import test_fences
 from shardgate import Gateway, OperatorError, OutcomeUnknown, ShardUnavailable, UsageError, shards
-from shardgate.sql.dialect import Append, Guard, Key, Operation, Outcome, TailRead
+from shardgate.sql.dialect import Append, Guard, Key, Operation, Outcome, TailRead, joined
 from shardgate.sql.postgresql import PostgreSQL
 
 if TYPE_CHECKING:
@@ -238,6 +238,35 @@ async def test_one_key_for_two_things_at_once(gateway: Gateway) -> None:
     assert len(await contents(gateway)) == 1
 
 
+_SPECIAL = ['"', "\\", '","', "{", "}", "NULL", "None", ",", " ", "\n", "'", "é", "\U0001f600"]
+
+
+async def test_ids_may_hold_whatever_arrays_are_written_with(
+    gateway: Gateway, statements: Statements
+) -> None:
+    """Of some of them all, since who has none is written in another way."""
+    pairs = list({f"{one}{other}" for one in _SPECIAL for other in _SPECIAL})
+    plain = [f"plain {number}" for number in range(CALLERS)]
+    for names in (pairs, plain, _SPECIAL):
+        statements.clear()
+        appends = (
+            session(gateway, name).add_items([item(name)], idempotency_key=f"{name}{given}")
+            if given
+            else session(gateway, name).add_items([item(name)])
+            for name in names
+            for given in ("", "key")
+        )
+        await asyncio.gather(*appends)
+        assert max(statements.appends) > len(_SPECIAL) // 2
+        statements.clear()
+        found = await asyncio.gather(*(contents(gateway, name) for name in names))
+        assert max(statements.reads) == 1  # of all items, they are read one by one
+        newest = await asyncio.gather(*(session(gateway, name).get_items(9) for name in names))
+        assert max(statements.reads) > len(_SPECIAL) // 2
+        assert [[one["content"] for one in items] for items in newest] == found
+        assert found == [[name, name] for name in names]
+
+
 async def test_guards_fail_each_for_itself(gateway: Gateway) -> None:
     """Sent as one statement by hand: some slots are not here any more."""
     shard = gateway.shards["one"]
@@ -261,7 +290,7 @@ async def test_guards_fail_each_for_itself(gateway: Gateway) -> None:
     outcomes = await shard.write(lambda connection: dialect.append_many(connection, appends))
     assert outcomes == [Outcome.DONE if here else Outcome.REFUSED for here in expected]
     rows = await shard.read(lambda connection: dialect.tail_many(connection, reads))
-    assert rows == [["2"] if here else None for here in expected]
+    assert rows == [joined(["2"]) if here else None for here in expected]
     again = await shard.write(lambda connection: dialect.append_many(connection, appends))
     assert again == [Outcome.REPEATED if here else Outcome.REFUSED for here in expected]
 

@@ -14,7 +14,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from shardgate.errors import UsageError
-from shardgate.items import MAX_DEPTH, check_text, decode, decode_all, encode
+from shardgate.items import MARKED, MAX_DEPTH, check_text, decode, decode_all, encode, split
 
 TEXTS = st.text(st.characters(exclude_categories=()))
 VALUES = st.recursive(
@@ -178,7 +178,9 @@ def test_several_are_read_as_each_of_them(texts: list[str]) -> None:
         except ValueError:
             return "no item"
 
-    assert read(lambda: decode_all(texts)) == read(lambda: [decode(text) for text in texts])
+    count, joined = len(texts), MARKED.join(texts)
+    assert split(count, joined) == texts
+    assert read(lambda: decode_all(count, joined)) == read(lambda: list(map(decode, texts)))
 
 
 def test_several_are_parsed_at_once() -> None:
@@ -190,7 +192,8 @@ def test_several_are_parsed_at_once() -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("shardgate.items._from_json", parse)
-        assert decode_all(['{"n": 1}', '"two"', "3"]) == [{"n": 1}, "two", 3]
+        texts = ['{"n": 1}', '"two"', "3"]
+        assert decode_all(3, MARKED.join(texts)) == [{"n": 1}, "two", 3]
         assert len(parsed) == 1
 
 

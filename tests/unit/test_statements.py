@@ -16,7 +16,7 @@ from sqlglot.errors import ErrorLevel
 
 from shardgate.engines import DIALECTS
 from shardgate.shards import Database
-from shardgate.sql.dialect import Append, Guard, Key, Operation, TailRead
+from shardgate.sql.dialect import Append, Guard, Key, Operation, TailRead, joined
 from shardgate.sql.schema import TableNames, Tables, build_tables
 from shardgate.sql.transactions import utc_now
 from shardgate.store import Codec, Place, Store
@@ -67,7 +67,7 @@ class Listener:
         self.sent.append((sql, values))
         raise _Answered
 
-    fetchrow = execute = fetch
+    fetchrow = fetchval = execute = fetch
 
     def escape(self, value: str) -> str:
         return "'" + value.replace("'", "''") + "'"
@@ -83,7 +83,7 @@ class Listener:
 
 
 class Full(Listener):
-    """A server that cannot make an array of what it is asked for; rows it can."""
+    """A server that cannot make one text of what it is asked for; rows it can."""
 
     async def fetchrow(self, sql: str, *values: Any) -> Any:
         self.sent.append((sql, values))
@@ -95,16 +95,16 @@ class Full(Listener):
 
 
 @pytest.mark.parametrize("in_transaction", [False, True])
-async def test_what_is_too_large_for_an_array_is_read_as_rows(in_transaction: bool) -> None:
+async def test_what_is_too_large_for_one_text_is_read_as_rows(in_transaction: bool) -> None:
     """In a transaction at once: there, a statement that has failed would be the last one."""
     engine = create_async_engine(URLS["postgres"])
     dialect: Any = DIALECTS["asyncpg"](GATEWAY, engine.dialect)
     server = Full()
     server.in_transaction = in_transaction
     read = TailRead(Key(TENANT, "chat", 1), GUARD, 20)
-    assert await dialect.tail(server, read) == ["two", "one"]
-    as_array = [] if in_transaction else [dialect.tail_sql]
-    assert [sql for sql, _ in server.sent] == [*as_array, dialect.long_tail_sql]
+    assert await dialect.tail(server, read) == joined(["two", "one"])
+    as_text = [] if in_transaction else [dialect.tail_sql]
+    assert [sql for sql, _ in server.sent] == [*as_text, dialect.long_tail_sql]
 
 
 async def sent_by(engine: AsyncEngine, tables: Tables) -> dict[str, Sent]:

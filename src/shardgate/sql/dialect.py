@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from sqlalchemy.exc import DBAPIError
 
+from shardgate.items import MARKED
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -104,6 +106,15 @@ class TailRead:
     weight: ClassVar[int] = 0
     turn: ClassVar[None] = None
     identity: ClassVar[None] = None
+
+
+Rows = tuple[int, str]
+"""How many rows, and their data joined into one text, ``MARKED`` between."""
+
+
+def joined(data: Sequence[str]) -> Rows:
+    """The data of rows as one text."""
+    return len(data), MARKED.join(data)
 
 
 def new_incarnation() -> int:
@@ -213,8 +224,8 @@ class Dialect(ABC):
         """Append items in their order, as one."""
 
     @abstractmethod
-    async def tail(self, connection: Any, read: TailRead) -> list[str] | None:
-        """The data of a session's newest rows, newest first; None where the guard fails."""
+    async def tail(self, connection: Any, read: TailRead) -> Rows | None:
+        """A session's newest rows, newest first; None where the guard fails."""
 
     async def append_many(self, connection: Any, appends: Sequence[Append]) -> list[Outcome | None]:
         """Several appends as one statement; of a session's, the earlier one goes first. Only where
@@ -224,7 +235,7 @@ class Dialect(ABC):
         """
         raise NotImplementedError
 
-    async def tail_many(self, connection: Any, reads: Sequence[TailRead]) -> list[list[str] | None]:
+    async def tail_many(self, connection: Any, reads: Sequence[TailRead]) -> list[Rows | None]:
         """Several tails as one statement. Only where the dialect ``gathers``."""
         raise NotImplementedError
 

@@ -20,6 +20,7 @@ from shardgate.sql.dialect import (
     Dialect,
     Outcome,
     Server,
+    joined,
     nbytes,
     new_incarnation,
     one_line,
@@ -28,7 +29,7 @@ from shardgate.sql.dialect import (
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from shardgate.sql.dialect import Append, Guard, Key, Operation, TailRead
+    from shardgate.sql.dialect import Append, Guard, Key, Operation, Rows, TailRead
 
 _NOW = "@shardgate_now"
 
@@ -229,13 +230,13 @@ class MySQL(Dialect):
         values = change | {"incarnation": new_incarnation(), "size": sum(sizes), "rows": rows}
         return _outcome(await self._change(connection, self.append_sql % values))
 
-    async def tail(self, connection: Any, read: TailRead) -> list[str] | None:
+    async def tail(self, connection: Any, read: TailRead) -> Rows | None:
         limit = "" if read.limit is None else f"LIMIT {int(read.limit)}"
         place = _place(read.key, read.guard) | {"limit": limit}
         (rows,) = await self._send(connection, self.tail_sql % place)
         if not rows[0][0]:
             return None
-        return [data.decode() for _, seq, data in rows if seq is not None]
+        return joined([data.decode() for _, seq, data in rows if seq is not None])
 
     async def pop(
         self, connection: Any, key: Key, guard: Guard | None, operation: Operation

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import asyncpg
 
-from shardgate.items import MAX_DEPTH
+from shardgate.items import MARKED, MAX_DEPTH
 from shardgate.sql.dialect import (
     LISTED_AT_SECONDS,
     LONGEST_TAIL,
@@ -24,6 +24,7 @@ from shardgate.sql.dialect import (
     Dialect,
     Outcome,
     Server,
+    joined,
     nbytes,
     new_incarnation,
     one_line,
@@ -32,7 +33,7 @@ from shardgate.sql.dialect import (
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from shardgate.sql.dialect import Append, Guard, Key, Operation, TailRead
+    from shardgate.sql.dialect import Append, Guard, Key, Operation, Rows, TailRead
 
 _NOW = "(clock_timestamp() AT TIME ZONE 'UTC')"
 
@@ -80,18 +81,20 @@ _APPEND = """
     SELECT EXISTS (SELECT FROM guard), EXISTS (SELECT FROM op)
 """
 
-# One row where the guard holds, none where it does not. All in one array: to take twenty rows apart
-# costs the driver a third of the reading.
+# One row where the guard holds, none where it does not. All items in one text, with the mark $6
+# between: to take twenty rows apart costs the driver a third of the reading, and an array of twenty
+# costs both sides more than a text does.
 _TAIL = """
-    SELECT ARRAY(
-        SELECT message_data FROM {messages}
-        WHERE tenant_id = $1 AND session_id = $2 AND seq >= (
-            SELECT floor_seq FROM {sessions} WHERE tenant_id = $1 AND session_id = $2)
-        ORDER BY seq DESC LIMIT $5)
-    FROM ({held}) AS held
+    SELECT tail.n, tail.data FROM ({held}) AS held, LATERAL (
+        SELECT count(*) AS n, string_agg(newest.message_data, $6::text) AS data FROM (
+            SELECT message_data FROM {messages}
+            WHERE tenant_id = $1 AND session_id = $2 AND seq >= (
+                SELECT floor_seq FROM {sessions} WHERE tenant_id = $1 AND session_id = $2)
+            ORDER BY seq DESC LIMIT $5) AS newest
+    ) AS tail
 """
 
-# As rows: an array has to fit into a server's memory, in one piece of 1 GB at most.
+# As rows: a text has to fit into a server's memory, in one piece of 1 GB at most.
 _LONG_TAIL = """
     SELECT newest.seq, newest.message_data
     FROM ({held}) AS held LEFT JOIN LATERAL (
@@ -187,17 +190,20 @@ _ADMIT = """
 # and would join them by comparing all with all.
 _JOBS = """
     job AS MATERIALIZED (
-        SELECT * FROM unnest($1::text[], $2::text[], $3::int[], $4::text[], $5::bigint[],
-            $6::text[], $7::text[], $9::int[], $10::bigint[]) WITH ORDINALITY
+        SELECT * FROM unnest($1::text::text[], $2::text::text[], $3::text::int[],
+            $4::text::text[], $5::text::bigint[], $6::text::text[], $7::text::text[],
+            $9::text::int[], $10::text::bigint[]) WITH ORDINALITY
         AS job (tenant_id, session_id, slot, owner, h, op_id, fingerprint, n, size, no)
     )
 """
 _HERE = """
     slot_held AS MATERIALIZED (
-        SELECT slot, owner FROM {slots} WHERE slot = ANY ($3::int[]) AND state = 'owned'
+        SELECT slot, owner FROM {slots}
+        WHERE slot = ANY (ARRAY(SELECT slot FROM job)) AND state = 'owned'
         ORDER BY slot FOR KEY SHARE
     ), tenant_held AS MATERIALIZED (
-        SELECT tenant_id FROM {tenants} WHERE tenant_id = ANY ($1::text[]) AND status = 'admitted'
+        SELECT tenant_id FROM {tenants}
+        WHERE tenant_id = ANY (ARRAY(SELECT tenant_id FROM job)) AND status = 'admitted'
         ORDER BY tenant_id FOR KEY SHARE
     ), here AS MATERIALIZED (
         SELECT job.* FROM job JOIN slot_held USING (slot, owner) JOIN tenant_held USING (tenant_id)
@@ -248,28 +254,35 @@ _APPEND_MANY = """
         SELECT tenant_id, session_id,
                (ARRAY(SELECT next_seq FROM locked))[at] - behind + item.place - 1, item.data,
                op_id, item.size, (ARRAY(SELECT updated_at FROM locked))[at]
-        FROM placed JOIN unnest($11::int[], $12::int[], $13::text[], $14::bigint[])
+        FROM placed
+            JOIN unnest($11::text::int[], $12::text::int[], $13::text[], $14::text::bigint[])
             AS item (no, place, data, size) USING (no)
     )
-    SELECT no = ANY (ARRAY(SELECT no FROM here)), no = ANY (ARRAY(SELECT no FROM ready)),
-           no = ANY (ARRAY(SELECT no FROM fresh))
-    FROM job ORDER BY no
+    SELECT string_agg(steps::text, '') FROM (
+        SELECT (no = ANY (ARRAY(SELECT no FROM here)))::int
+            + (no = ANY (ARRAY(SELECT no FROM ready)))::int
+            + (no = ANY (ARRAY(SELECT no FROM fresh)))::int
+        FROM job ORDER BY no) AS come (steps)
 """
+# What is answered of each append: how many of the steps "here", "ready" and "fresh" it has taken.
+_HOW_FAR = {"0": Outcome.REFUSED, "1": None, "2": Outcome.REPEATED, "3": Outcome.DONE}
 
 # The guard as a value, not as EXISTS: that might be looked up in a hash of all slots. The arrays as
 # subqueries, which hide their lengths: else a few would be planned anew each time, as cheaper than
 # the ten that a plan for any number counts on.
 _TAIL_MANY = """
-    SELECT held.here, CASE WHEN held.here THEN ARRAY(
-        SELECT message_data FROM {messages} AS m
-        WHERE m.tenant_id = job.tenant_id AND m.session_id = job.session_id AND m.seq >= (
-            SELECT floor_seq FROM {sessions} AS s
-            WHERE s.tenant_id = job.tenant_id AND s.session_id = job.session_id)
-        ORDER BY m.seq DESC LIMIT job.wanted) END
-    FROM unnest((SELECT $1::text[]), (SELECT $2::text[]), (SELECT $3::int[]), (SELECT $4::text[]),
-            (SELECT $5::int[])) WITH ORDINALITY
-        AS job (tenant_id, session_id, slot, owner, wanted, no),
-        LATERAL (SELECT {held_many} AS here OFFSET 0) AS held
+    SELECT tail.n, tail.data
+    FROM unnest((SELECT $1::text::text[]), (SELECT $2::text::text[]), (SELECT $3::text::int[]),
+            (SELECT $4::text::text[]), (SELECT $5::text::int[])) WITH ORDINALITY
+        AS job (tenant_id, session_id, slot, owner, wanted, no)
+    LEFT JOIN LATERAL (
+        SELECT count(*) AS n, string_agg(newest.message_data, $6::text) AS data FROM (
+            SELECT m.message_data FROM {messages} AS m
+            WHERE m.tenant_id = job.tenant_id AND m.session_id = job.session_id AND m.seq >= (
+                SELECT s.floor_seq FROM {sessions} AS s
+                WHERE s.tenant_id = job.tenant_id AND s.session_id = job.session_id)
+            ORDER BY m.seq DESC LIMIT job.wanted) AS newest
+    ) AS tail ON {held_many}
     ORDER BY job.no
 """
 _HELD_MANY = """
@@ -347,18 +360,18 @@ class PostgreSQL(Dialect):
         )
         return _outcome(row)
 
-    async def tail(self, connection: Any, read: TailRead) -> list[str] | None:
+    async def tail(self, connection: Any, read: TailRead) -> Rows | None:
         values = *_place(read.key, read.guard), read.limit
         is_short = read.limit is not None and read.limit <= LONGEST_TAIL
         if is_short and not connection.is_in_transaction():  # there, what fails ends all of it
             try:
-                row = await connection.fetchrow(self.tail_sql, *values)
-            except _TOO_LARGE:  # for an array
+                row = await connection.fetchrow(self.tail_sql, *values, MARKED)
+            except _TOO_LARGE:  # for one text
                 pass
             else:
-                return None if row is None else row[0]
+                return None if row is None else (row[0], row[1] or "")
         rows = await connection.fetch(self.long_tail_sql, *values)
-        return [data for seq, data in rows if seq is not None] if rows else None
+        return joined([data for seq, data in rows if seq is not None]) if rows else None
 
     async def append_many(self, connection: Any, appends: Sequence[Append]) -> list[Outcome | None]:
         if len({append.key for append in appends}) != len({append.key.h for append in appends}):
@@ -366,26 +379,26 @@ class PostgreSQL(Dialect):
         # Column by column: a tuple for each append would be more to make, and to collect.
         operations, contents = [append.operation for append in appends], [a.items for a in appends]
         sizes = [[nbytes(item) for item in items] for items in contents]
-        rows = await connection.fetch(
+        how_far = await connection.fetchval(
             self.append_many_sql,
             *_places(appends),
-            [append.key.h for append in appends],
-            [operation.op_id for operation in operations],
-            [operation.fingerprint for operation in operations],
+            _numbers([append.key.h for append in appends]),
+            _texts([operation.op_id for operation in operations]),
+            _texts([operation.fingerprint for operation in operations]),
             new_incarnation(),
-            [len(items) for items in contents],
-            [sum(size) for size in sizes],
-            [number for number, items in enumerate(contents, 1) for _ in items],
-            [place for items in contents for place in range(1, len(items) + 1)],
+            _numbers([len(items) for items in contents]),
+            _numbers([sum(size) for size in sizes]),
+            _numbers([number for number, items in enumerate(contents, 1) for _ in items]),
+            _numbers([place for items in contents for place in range(1, len(items) + 1)]),
             [item for items in contents for item in items],
-            [one for size in sizes for one in size],
+            _numbers([one for size in sizes for one in size]),
         )
-        return [None if here and not ready else _outcome((here, new)) for here, ready, new in rows]
+        return [_HOW_FAR[steps] for steps in how_far]
 
-    async def tail_many(self, connection: Any, reads: Sequence[TailRead]) -> list[list[str] | None]:
-        limits = [read.limit for read in reads]
-        rows = await connection.fetch(self.tail_many_sql, *_places(reads), limits)
-        return [data if here else None for here, data in rows]
+    async def tail_many(self, connection: Any, reads: Sequence[TailRead]) -> list[Rows | None]:
+        limits = _numbers([read.limit for read in reads])
+        rows = await connection.fetch(self.tail_many_sql, *_places(reads), limits, MARKED)
+        return [None if n is None else (n, data or "") for n, data in rows]
 
     async def pop(
         self, connection: Any, key: Key, guard: Guard | None, operation: Operation
@@ -441,15 +454,43 @@ def _place(key: Key, guard: Guard | None) -> tuple[Any, ...]:
     return key.tenant_id, key.session_id, slot, owner
 
 
-def _places(loads: Sequence[Append] | Sequence[TailRead]) -> tuple[list[Any], ...]:
-    """As :func:`_place` of each of them: one list for each column."""
+def _places(loads: Sequence[Append] | Sequence[TailRead]) -> tuple[str | None, ...]:
+    """As :func:`_place` of each of them: an array for each column."""
     keys, guards = [load.key for load in loads], [load.guard for load in loads]
     return (
-        [key.tenant_id for key in keys],
-        [key.session_id for key in keys],
-        [None if guard is None else guard.slot for guard in guards],
-        [None if guard is None else guard.owner for guard in guards],
+        _texts([key.tenant_id for key in keys]),
+        _texts([key.session_id for key in keys]),
+        _numbers([None if guard is None else guard.slot for guard in guards]),
+        _texts([None if guard is None else guard.owner for guard in guards]),
     )
+
+
+# Arrays are sent as text: of each element of a list asyncpg asks whether it is a list itself, which
+# takes it longer than all else that is done for an operation's part of a statement.
+
+
+def _numbers(values: list[int] | list[int | None]) -> str:
+    """An array of numbers as PostgreSQL reads it."""
+    return f"{{{str(values)[1:-1]}}}".replace("None", "NULL")
+
+
+def _texts(values: list[str] | list[str | None]) -> str:
+    """An array of texts as PostgreSQL reads it, whatever they hold."""
+    try:
+        joined = '","'.join(values)  # type: ignore[arg-type]  # tried
+    except TypeError:  # one of them is None
+        pass
+    else:
+        if "\\" not in joined and joined.count('"') == 2 * (len(values) - 1):
+            return f'{{"{joined}"}}'
+    return f"{{{','.join(map(_element, values))}}}"
+
+
+def _element(value: str | None) -> str:
+    if value is None:
+        return "NULL"
+    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}"'
 
 
 def _change(key: Key, guard: Guard | None, operation: Operation) -> tuple[Any, ...]:

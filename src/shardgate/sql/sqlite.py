@@ -22,6 +22,7 @@ from shardgate.sql.dialect import (
     Dialect,
     Outcome,
     Server,
+    joined,
     nbytes,
     new_incarnation,
     one_line,
@@ -30,7 +31,7 @@ from shardgate.sql.dialect import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from shardgate.sql.dialect import Append, Guard, Key, Operation, TailRead
+    from shardgate.sql.dialect import Append, Guard, Key, Operation, Rows, TailRead
 
 T = TypeVar("T")
 
@@ -137,7 +138,7 @@ class SQLite(Dialect):
     async def append(self, connection: Any, append: Append) -> Outcome:
         return await _on_thread(connection, self._append, append)
 
-    async def tail(self, connection: Any, read: TailRead) -> list[str] | None:
+    async def tail(self, connection: Any, read: TailRead) -> Rows | None:
         return await _on_thread(connection, self._tail, read)
 
     async def pop(
@@ -202,12 +203,12 @@ class SQLite(Dialect):
             )
             return Outcome.DONE
 
-    def _tail(self, connection: Any, read: TailRead) -> list[str] | None:
+    def _tail(self, connection: Any, read: TailRead) -> Rows | None:
         values = _ids(read.key) | {"limit": _ALL if read.limit is None else read.limit}
         with _transaction(connection, "BEGIN") as raw:
             if not self._holds(raw, read.key, read.guard):
                 return None
-            return [data for _, data, _ in raw.execute(self.tail_sql, values)]
+            return joined([data for _, data, _ in raw.execute(self.tail_sql, values)])
 
     def _pop(
         self, connection: Any, key: Key, guard: Guard | None, operation: Operation
