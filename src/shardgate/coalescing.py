@@ -27,7 +27,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Sequence
+    from collections.abc import Coroutine, Hashable, Sequence
 
 MOST_TOGETHER = 128
 """Operations of one statement."""
@@ -37,7 +37,7 @@ more."""
 WORTH_A_SEAT = 16
 """So many have to wait, at least, for a further seat to be taken. Who waits is not parted into
 less."""
-CROWD_SHARE = 4
+CROWD_SHARE = 3
 """And at least one in so many of the operations of all kinds that wait or are under way: the more
 there are, the more go together."""
 VERY_FEW = 2
@@ -78,29 +78,25 @@ J = TypeVar("J", bound=Load)
 R = TypeVar("R")
 
 
-class Ticket(asyncio.Future["R | Alone"], ABC, Generic[J, R]):
-    """An operation that waits to be sent together with others: to be awaited for its outcome.
+class Ticket(ABC, Generic[J, R]):
+    """An operation that waits to be sent together with others.
 
-    One that is done is not sent any more; one that is cancelled leaves its flight.
+    From when it waits in a lane, its ``answer`` is what is awaited. Where that is done, or gone
+    (None), nobody waits any more, and it is not sent; who stops waiting says so by :meth:`leave`.
     """
 
-    __slots__ = ("flight", "load")
-
-    def __init__(self, load: J, *, loop: asyncio.AbstractEventLoop) -> None:
-        super().__init__(loop=loop)
-        self.load = load
-        self.flight: Flight | None = None
+    load: J
+    answer: asyncio.Future[R | Alone] | None = None
+    flight: Flight | None = None
 
     @abstractmethod
-    async def send(self, lane: Lane[J, R], together: Sequence[Ticket[J, R]]) -> None:
+    def send(self, lane: Lane[J, R], together: Sequence[Ticket[J, R]]) -> Coroutine[Any, Any, None]:
         """Send these together and give each its outcome, as any one of them can."""
 
-    def cancel(self, msg: Any = None) -> bool:
-        """As of any future."""
-        cancelled = super().cancel(msg)
-        if cancelled:
-            self.leave()
-        return cancelled
+    @property
+    def waits(self) -> bool:
+        """Whether somebody waits for the outcome."""
+        return self.answer is not None and not self.answer.done()
 
     def leave(self) -> None:
         """Nobody waits for the outcome any more."""
@@ -109,14 +105,16 @@ class Ticket(asyncio.Future["R | Alone"], ABC, Generic[J, R]):
 
     def give(self, outcome: R | Alone) -> None:
         """Tell the outcome, if anybody still waits for one."""
-        if not self.done():
-            self.set_result(outcome)
+        answer = self.answer
+        if answer is not None and not answer.done():
+            answer.set_result(outcome)
 
     def fail(self, error: Exception) -> None:
         """Tell that there is none, if anybody still waits for one."""
-        if not self.done():
-            self.set_exception(error)
-            self.exception()  # retrieved, in case that the caller is cancelled just now
+        answer = self.answer
+        if answer is not None and not answer.done():
+            answer.set_exception(error)
+            answer.exception()  # retrieved, in case that the caller is cancelled just now
 
 
 class Flight:
@@ -133,14 +131,13 @@ class Flight:
 
     def end_if_left(self) -> None:
         """Cancel it, if it is without passengers: it would keep its connection from others."""
-        if self.task is not None and all(ticket.done() for ticket in self.together):
+        if self.task is not None and not any(ticket.waits for ticket in self.together):
             self.task.cancel()
 
     def land(self, error: Exception) -> None:
         """It is over. For those without an outcome there was this error."""
         for ticket in self.together:
-            if not ticket.done():  # as hardly any
-                ticket.fail(error)
+            ticket.fail(error)
         # Else it and its tickets would refer to each other.
         self.task, self.together = None, ()
 
@@ -243,18 +240,22 @@ class Lane(Generic[J, R]):
     def give_back(self, seat: Seat) -> None:
         """Let those who wait have the seat, unless they have it already."""
         self._turns.difference_update(seat.turns)
+        seat.turns = ()
         self._taken.pop(seat, None)
         if self._waiting:
             self._depart()
 
-    def wait(self, ticket: Ticket[J, R]) -> None:
-        """Wait in order; only after :meth:`take_seat` gave none."""
+    def wait(self, ticket: Ticket[J, R]) -> asyncio.Future[R | Alone]:
+        """Wait in order, for an answer; only after :meth:`take_seat` gave none."""
+        answer = ticket.answer = self._loop.create_future()
+        ticket.flight = None
         self._waiting.append(ticket)
         if not self._is_open:
             self._is_open = True
             self._loop.call_soon(self._close_turn)
         if self._watch is None:
             self._watch_seats()
+        return answer
 
     def _close_turn(self) -> None:
         """All who came within this turn of the event loop are there."""
@@ -295,23 +296,25 @@ class Lane(Generic[J, R]):
         free = self._seats - len(self._taken)
         most = share(len(waiting), crowd=self._crowd.size, free=free)
         while waiting and len(together) < most:
-            ticket = waiting[0]
-            if not ticket.done():
-                load = ticket.load
-                turn = load.turn
-                if turn is not None and turn in under_way:
-                    behind.append(ticket)
-                else:
-                    weight += load.weight + answer_bytes
-                    identity = load.identity
-                    if together and (weight > MOST_BYTES or identity in identities):
-                        break
-                    together.append(ticket)
-                    if turn is not None:
-                        turns.append(turn)
-                    if identity is not None:
-                        identities.add(identity)
-            waiting.popleft()
+            ticket = waiting.popleft()
+            answer = ticket.answer
+            if answer is None or answer.done():
+                continue
+            load = ticket.load
+            turn = load.turn
+            if turn is not None and turn in under_way:
+                behind.append(ticket)
+                continue
+            weight += load.weight + answer_bytes
+            identity = load.identity
+            if together and (weight > MOST_BYTES or identity in identities):
+                behind.append(ticket)
+                break
+            together.append(ticket)
+            if turn is not None:
+                turns.append(turn)
+            if identity is not None:
+                identities.add(identity)
         waiting.extendleft(reversed(behind))
         return together, turns
 

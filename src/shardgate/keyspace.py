@@ -18,7 +18,7 @@ from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, TypeVarTuple
 
 from shardgate import shards as shards_module
 from shardgate.agreement import Contradiction, Memory, lost_record, older_copy, other_shard
@@ -61,7 +61,7 @@ if TYPE_CHECKING:
     from shardgate.topology import KeyspaceMap
 
 T = TypeVar("T")
-P = ParamSpec("P")
+Ts = TypeVarTuple("Ts")
 
 logger = logging.getLogger("shardgate")
 
@@ -80,6 +80,16 @@ class Answer:
 
     owned: frozenset[int]
     sessions: list[SessionInfo]
+
+
+class Spot(NamedTuple):
+    """Where the sessions of a slot live, by the map that is ``known``."""
+
+    slot: int
+    shard: Shard
+    store: Store
+    guard: Guard
+    known: KeyspaceMap
 
 
 class Keyspace:
@@ -108,7 +118,7 @@ class Keyspace:
         self._loading_took = 0.0
         self._owned: dict[str, tuple[int, frozenset[int]]] = {}
         self._watches: dict[tuple[str, int], asyncio.Task[SlotRow]] = {}
-        self._guards: dict[int, Guard] = {}
+        self._spots: dict[int, Spot] = {}  # by the map
         self._memory = Memory()
         for shard in shards.values():
             shard.verify = self._verify
@@ -151,19 +161,24 @@ class Keyspace:
         h = session_hash(tenant_id, session_id, slots=plan.slots, spread=plan.spread)
         return Key(tenant_id, session_id, to_signed(h))
 
-    def _guard(self, slot: int, owner: str) -> Guard:
-        """One for all operations on a slot: each would keep its own while it waits."""
-        guard = self._guards.get(slot)
-        if guard is None or guard.owner != owner:
-            guard = self._guards[slot] = Guard(slot, owner)
-        return guard
+    async def _find(self, slot: int) -> Spot:
+        """One for all operations on a slot, as long as the map stays as it is."""
+        known = self.map or await self._read()
+        name = known.owners[slot]
+        if name not in self.shards:
+            raise self._not_named(known, name)
+        guard = Guard(slot, known.uuids[name])
+        spot = Spot(slot, self.shards[name], self._stores[name], guard, known)
+        if self.map is known:
+            self._spots[slot] = spot
+        return spot
+
+    def _take(self, known: KeyspaceMap) -> None:
+        self.map = known
+        self._spots.clear()
 
     async def perform(
-        self,
-        key: Key,
-        act: Callable[Concatenate[Store, Place, P], Awaitable[T]],
-        *args: P.args,
-        **kwargs: P.kwargs,
+        self, key: Key, act: Callable[[Store, Place, *Ts], Awaitable[T]], *args: *Ts
     ) -> T:
         """Run ``act`` where a session lives, following it for as long as the deadline allows.
 
@@ -178,27 +193,23 @@ class Keyspace:
         before = UNANSWERED.get()
         give_up = monotonic() + self._deadline
         refusals: tuple[tuple[str, int], ...] = ()
+        slot = slot_of_stored(key.h, self.plan.slots)
         try:
             while True:
-                known = self.map or await self._read()
-                slot = slot_of_stored(key.h, known.slots)
-                name = known.owners[slot]
-                shard = self.shards.get(name)
-                if shard is None:
-                    raise self._not_named(known, name)
+                spot = self._spots.get(slot) or await self._find(slot)
+                _, shard, store, guard, known = spot
                 if shard.quarantine is not None:
                     self._reconsider(shard.quarantine)
-                place = Place(key, self._guard(slot, known.uuids[name]))
                 try:
-                    return await act(self._stores[name], place, *args, **kwargs)
+                    return await act(store, Place(key, guard), *args)
                 except RefusedError:
                     where = route(known, key.tenant_id, key.session_id)
-                    refusals += ((name, where.epoch),)
+                    refusals += ((shard.name, where.epoch),)
                     if monotonic() > give_up:
                         raise self._not_found(where, refusals) from None
                 except ShardQuarantined:
                     # The inquiry that found it out has also told where the session lives by now.
-                    if (await self.known()).owners[slot] == name:
+                    if (await self.known()).owners[slot] == shard.name:
                         raise
                     continue
                 await self._learn(known, where, key.tenant_id, seconds=give_up - monotonic())
@@ -373,7 +384,7 @@ class Keyspace:
         if row.epoch < where.epoch or owner not in self.shards or owner == where.shard:
             return False
         current = self.map or known
-        self.map = current.with_slot(where.slot, str(owner), row.epoch)
+        self._take(current.with_slot(where.slot, str(owner), row.epoch))
         return True
 
     def _not_itself(self, shard: str, uuid: str | None) -> OwnershipConflict:
@@ -447,7 +458,7 @@ class Keyspace:
         self._loading_took = clock() - began
         for problem in unnamed_owners(self.plan, known).values():
             logger.error("keyspace %r: %s", self.plan.keyspace, problem)
-        self.map = known
+        self._take(known)
         return known
 
     def _judge(self, reading: Reading, began: float) -> None:

@@ -9,10 +9,10 @@ from __future__ import annotations
 import sys
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from hashlib import sha256
 from os import urandom
-from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, TypeVarTuple
 
 from shardgate.engines import close_shared_engine, shared_engine
 from shardgate.errors import OutcomeUnknown, UsageError
@@ -43,7 +43,7 @@ else:
 
 
 T = TypeVar("T")
-P = ParamSpec("P")
+Ts = TypeVarTuple("Ts")
 
 MAX_LIMIT = 2**31
 """More items than any session has; what a larger limit is taken for."""
@@ -97,10 +97,7 @@ class StoredSession(SessionBase):
 
     @abstractmethod
     def _perform(
-        self,
-        act: Callable[Concatenate[Store, Place, P], Awaitable[T]],
-        *args: P.args,
-        **kwargs: P.kwargs,
+        self, act: Callable[[Store, Place, *Ts], Awaitable[T]], *args: *Ts
     ) -> Awaitable[T]:
         """Run ``act`` where the session lives, wherever that is by then."""
 
@@ -132,9 +129,10 @@ class StoredSession(SessionBase):
         Raises:
             UsageError: the limit is negative or not an integer.
         """
-        limit = _checked_limit(self._default_limit() if limit is None else limit)
-        if limit == 0:
-            return []
+        if type(limit) is not int or not 0 < limit <= MAX_LIMIT:
+            limit = _checked_limit(self._default_limit() if limit is None else limit)
+            if limit == 0:
+                return []
         return await self._perform(Store.newest, limit, self._codec)
 
     async def add_items(
@@ -217,14 +215,13 @@ class StoredSession(SessionBase):
 
         async def replace_suffix(start: int, output: list[TResponseInputItem]) -> bool:
             data = await self._texts(output)
-            return await self._change(
+            replace = partial(
                 Store.replace,
-                _operation("replace"),
-                tail,
                 start=first + start,
                 items=data,
                 prune=None if prune_prefix is None else prune,
             )
+            return await self._change(replace, _operation("replace"), tail)
 
         return CompactionSnapshot(items, tail.complete and first == 0, replace_suffix)
 
@@ -239,13 +236,12 @@ class StoredSession(SessionBase):
 
     async def _change(
         self,
-        act: Callable[Concatenate[Store, Place, Operation, P], Awaitable[T]],
+        act: Callable[[Store, Place, Operation, *Ts], Awaitable[T]],
         operation: Operation,
-        *args: P.args,
-        **kwargs: P.kwargs,
+        *args: *Ts,
     ) -> T:
         try:
-            return await self._perform(act, operation, *args, **kwargs)
+            return await self._perform(act, operation, *args)
         except OutcomeUnknown as error:
             error.op_id = operation.op_id
             raise
@@ -329,15 +325,12 @@ class GatewaySession(StoredSession):
         return f"GatewaySession({self.session_id!r})"
 
     def _perform(
-        self,
-        act: Callable[Concatenate[Store, Place, P], Awaitable[T]],
-        *args: P.args,
-        **kwargs: P.kwargs,
+        self, act: Callable[[Store, Place, *Ts], Awaitable[T]], *args: *Ts
     ) -> Awaitable[T]:
         keyspace = self._gateway._in_use(self._keyspace)
         if self._key is None:
             self._key = keyspace.key_of(self._tenant_id, self._own_id)
-        return keyspace.perform(self._key, act, *args, **kwargs)
+        return keyspace.perform(self._key, act, *args)
 
 
 class SQLAlchemySession(StoredSession):
@@ -415,15 +408,10 @@ class SQLAlchemySession(StoredSession):
             await database.return_kept()
             await close_shared_engine(*self._url)
 
-    async def _perform(
-        self,
-        act: Callable[Concatenate[Store, Place, P], Awaitable[T]],
-        *args: P.args,
-        **kwargs: P.kwargs,
-    ) -> T:
+    async def _perform(self, act: Callable[[Store, Place, *Ts], Awaitable[T]], *args: *Ts) -> T:
         database = Database(self.engine, self._tables)
         await database.ready(create=self._create_tables)
-        return await act(Store(database), Place(self._key), *args, **kwargs)
+        return await act(Store(database), Place(self._key), *args)
 
 
 def _operation(kind: Literal["append", "pop", "clear", "replace", "delete"]) -> Operation:

@@ -92,53 +92,59 @@ class Unanswered:
         self.shard = shard
 
 
-class Attempt:
+class Attempt(Ticket[Any, Any]):
     """What an operation does, and how far it has come.
 
-    ``act`` is done with a connection; where there is a ``kind``, it is a load of that kind, to be
-    sent by itself or with others. ``started``: when the operation began, ``began``: when the
-    attempt under way did, by the event loop's clock. ``sent``: the attempt under way has reached
-    the driver. ``lost``: an attempt that was sent has not been answered, so it may have taken
-    effect. ``about_the_shard``: it asks what a shard is, or tells it, so it does not depend on the
-    answer. ``server`` is the one that the attempt has led to. ``alone``: it has to be sent by
-    itself, for one because it was sent with others in vain.
+    ``load`` is done with a connection; where there is a ``kind``, it is a load of that kind, to be
+    sent by itself or with others, as any of them of a ``database``. ``started``: when the operation
+    began, ``began``: when the attempt under way did, by the event loop's clock. ``sent``: the
+    attempt under way has reached the driver. ``lost``: an attempt that was sent has not been
+    answered, so it may have taken effect. ``about_the_shard``: it asks what a shard is, or tells
+    it, so it does not depend on the answer. ``server`` is the one that the attempt has led to.
+    ``alone``: it was sent with others in vain, or is not to be.
     """
 
-    __slots__ = (
-        "about_the_shard",
-        "act",
-        "alone",
-        "began",
-        "kind",
-        "lost",
-        "sent",
-        "server",
-        "started",
-        "writes",
-    )
+    sent = lost = alone = False
+    server: Server | None = None
+    database: Database | None = None
 
     def __init__(
         self,
         now: float,
-        act: Any = None,
+        load: Any = None,
         kind: Any = None,
         *,
         writes: bool = True,
         about_the_shard: bool = False,
     ) -> None:
-        self.act = act
+        self.load = load
         self.kind = kind
         self.writes = writes
-        self.sent = False
-        self.lost = False
         self.started = self.began = now
         self.about_the_shard = about_the_shard
-        self.server: Server | None = None
-        self.alone = kind is None
 
     def has_to_end(self) -> bool:
         """Whether to cancel it now would leave its outcome unknown."""
         return self.writes and self.sent
+
+    def send(
+        self, lane: Lane[Any, Any], together: Sequence[Ticket[Any, Any]]
+    ) -> Coroutine[Any, Any, None]:
+        assert self.database is not None, "it has been sent with others"  # noqa: S101 - for mypy
+        return self.database._fly(self.kind, lane, together)
+
+    def expire(self) -> None:
+        """Its time is up, while it is sent with others."""
+        if self.waits:
+            self.fail(TimeoutError())
+            self.leave()
+
+    def give_up(self) -> None:
+        """There is no caller any more who could be told."""
+        with suppress(RuntimeError):  # the event loop is closed
+            if self.answer is not None:
+                self.answer.cancel()
+            self.leave()
 
 
 class UnverifiedError(ShardgateError):
@@ -199,68 +205,6 @@ class TailReads:
     def answer_bytes(answers: Sequence[Rows | None]) -> int:
         """How much one answer has, on average."""
         return sum([len(rows[1]) for rows in answers if rows is not None]) // len(answers)
-
-
-class _Ticket(Ticket[Any, Any]):
-    """An operation of a database that is sent with others.
-
-    Where its caller's own task waits for it (``holds``), it does what ``Underway`` does for an
-    operation by itself: once a write is sent, a cancelled caller waits for its outcome, and
-    ``cancel`` says that it has been seen to. Where there are ``deadlines``, they end it.
-    """
-
-    __slots__ = ("_database", "_deadlines", "_grace_timer", "_holds", "_left", "attempt")
-
-    def __init__(
-        self,
-        attempt: Attempt,
-        database: Database,
-        deadlines: Deadlines | None = None,
-        *,
-        holds: bool = False,
-    ) -> None:
-        super().__init__(attempt.act, loop=database.loop)
-        self.attempt = attempt
-        self._database = database
-        self._deadlines = deadlines
-        self._holds = holds
-        self._left: tuple[Any, ...] | None = None
-        self._grace_timer: asyncio.TimerHandle | None = None
-        if deadlines is not None:
-            deadlines.add(self, attempt.started)
-
-    async def send(self, lane: Lane[Any, Any], together: Sequence[Ticket[Any, Any]]) -> None:
-        await self._database._fly(self.attempt.kind, lane, together)
-
-    def cancel(self, msg: Any = None) -> bool:
-        """The task that waits for it is cancelled, and asks it."""
-        if self.done() or not self._holds or not self.attempt.has_to_end():
-            return super().cancel(msg)
-        if self._left is None:
-            self._left = () if msg is None else (msg,)
-            grace, end = CANCELLED_SECONDS, super().cancel
-            self._grace_timer = self.get_loop().call_later(grace, end)
-        return True
-
-    def give_up(self) -> None:
-        """There is no caller any more who could be told."""
-        self._left = None
-        with suppress(RuntimeError):  # the event loop is closed
-            super().cancel()
-
-    def expire(self) -> None:
-        """Its time is up."""
-        if not self.done():
-            self.fail(TimeoutError())
-            self.leave()
-
-    def end(self) -> tuple[Any, ...] | None:
-        """Nobody waits any more. Whether the caller was cancelled meanwhile, and with what."""
-        if self._deadlines is not None:
-            self._deadlines.remove(self)
-        if self._grace_timer is not None:
-            self._grace_timer.cancel()
-        return self._left
 
 
 class Line:
@@ -357,8 +301,8 @@ class Database:
     def _now(self) -> Callable[[], float]:
         return self.loop.time
 
-    def _attempt(self, act: Any = None, **more: Any) -> Attempt:
-        return Attempt(self._now(), act, **more)
+    def _attempt(self, load: Any = None, **more: Any) -> Attempt:
+        return Attempt(self._now(), load, **more)
 
     def read(self, action: Callable[[Any], Awaitable[T]]) -> Coroutine[Any, Any, T]:
         """Run ``action`` on a driver's connection; it must not change anything."""
@@ -378,7 +322,8 @@ class Database:
         None where the guard fails.
         """
         attempt = Attempt(self._now(), read, TailReads, writes=False)
-        attempt.alone = read.limit is None or read.limit > LONGEST_TAIL
+        if read.limit is None or read.limit > LONGEST_TAIL:
+            attempt.alone = True
         return self._at_once(attempt)
 
     def _operate(self, attempt: Attempt) -> Coroutine[Any, Any, Any]:
@@ -391,23 +336,25 @@ class Database:
         It may not where it may be under way already: two of the same in one statement, or in two
         that hold other sessions' rows, would be in each other's way.
         """
-        return self._gathers and not (attempt.alone or attempt.lost)
+        return self._gathers and not (attempt.kind is None or attempt.alone or attempt.lost)
 
     async def _gathered(self, attempt: Attempt) -> Any:
         """Send one operation: at once if a seat is free, else with those who wait for one too."""
         lane = self._lane(attempt.kind)
-        seat = lane.take_seat(attempt.act)
+        seat = lane.take_seat(attempt.load)
         if seat is not None:
             try:
                 return await self._single(attempt)
             finally:
                 lane.give_back(seat)
-        ticket = _Ticket(attempt, self)
-        lane.wait(ticket)
+        attempt.database = self
         try:
-            outcome = await ticket
+            outcome = await lane.wait(attempt)
+        except asyncio.CancelledError:
+            attempt.leave()
+            raise
         finally:
-            del ticket  # the traceback of its error leads here
+            attempt.answer = None  # the traceback of its error leads here
         if outcome is not ALONE:
             return outcome
         attempt.alone, attempt.sent = True, False
@@ -433,12 +380,12 @@ class Database:
         the error, and does about it what it would do by itself. Any other error may be another
         one's: each goes alone.
         """
-        aboard: list[_Ticket] = []
+        aboard: list[Attempt] = []
 
         async def act(connection: Any) -> Sequence[Any]:
-            aboard.extend([ticket for ticket in tickets if not ticket.done()])
+            aboard.extend([ticket for ticket in tickets if ticket.waits])
             for ticket in aboard:
-                ticket.attempt.sent = True
+                ticket.sent = True
             loads = [ticket.load for ticket in aboard]
             if not loads:
                 return []
@@ -457,6 +404,8 @@ class Database:
             outcomes = [ALONE] * len(aboard)
         if aboard:
             self._has_answered()
+        # Before anybody is told: who waits is to be under way while others see to their answers.
+        lane.give_back(tickets[0].flight.seat)
         for ticket, outcome in zip(aboard, outcomes, strict=True):
             ticket.give(outcome)
 
@@ -480,7 +429,7 @@ class Database:
                 await connection.execution_options(isolation_level="AUTOCOMMIT")
             await self._admit_sqlalchemy(connection, attempt)
             attempt.sent = True
-            return await attempt.act(connection)
+            return await attempt.load(connection)
 
     async def ready(self, *, create: bool, afresh: bool = False) -> None:
         """Create the tables if asked, and refuse those of somebody else; once per engine.
@@ -519,25 +468,28 @@ class Database:
         """
         if not self._serves(attempt):
             return await self._settled(self._operate, attempt)
-        lane = None if attempt.alone or not self._gathers else self._lane(attempt.kind)
-        seat = None if lane is None else lane.take_seat(attempt.act)
+        lane = self._lane(attempt.kind) if self._goes_with_others(attempt) else None
+        seat = None if lane is None else lane.take_seat(attempt.load)
         deadlines = self._deadlines
         if deadlines is None or deadlines.seconds != self.deadline:
             deadlines = self._deadlines_now()
         try:
             if lane is not None and seat is None:
-                ticket = _Ticket(attempt, self, deadlines, holds=True)
-                lane.wait(ticket)
+                attempt.database = self
+                if deadlines is not None:
+                    deadlines.add(attempt, attempt.started)
                 try:
-                    answer = await ticket
+                    answer = await lane.wait(attempt)
+                except asyncio.CancelledError:
+                    await self._see_out(attempt)
+                    raise
                 except GeneratorExit:  # its task is gone, and the event loop perhaps
-                    ticket.give_up()
+                    attempt.give_up()
                     raise
                 finally:
-                    left = ticket.end()
-                    del ticket  # the traceback of its error leads here
-                    if left is not None:
-                        raise asyncio.CancelledError(*left)
+                    if deadlines is not None:
+                        deadlines.remove(attempt)
+                    attempt.answer = None  # the traceback of its error leads here
                 if answer is not ALONE:
                     return answer
             else:
@@ -560,7 +512,27 @@ class Database:
         attempt.alone, attempt.sent = True, False
         return await self._settled(self._operate, attempt)
 
-    @property
+    async def _see_out(self, attempt: Attempt) -> None:
+        """Wait for an operation that is under way with others though its caller is cancelled, if it
+        has to end: until its deadline, and for as long as a cancelled write is waited for."""
+        told = answer = attempt.answer
+        flight = attempt.flight
+        if told is None or not told.cancelled():
+            return  # it has come to its end
+        give_up = self._now() + CANCELLED_SECONDS
+        if self.deadline is not None:
+            give_up = min(give_up, attempt.started + self.deadline)
+        try:
+            if attempt.has_to_end() and flight is not None and flight.task is not None:
+                answer = attempt.answer = self.loop.create_future()
+                while not answer.done() and (seconds := give_up - self._now()) > 0:
+                    with suppress(asyncio.CancelledError):  # once is enough
+                        await asyncio.wait([answer], timeout=seconds)
+        finally:
+            if answer is told or not answer.done():
+                attempt.give_up()
+
+    @cached_property
     def _gathers(self) -> bool:
         """Whether operations are sent together with others."""
         return self.coalesce and self.dialect.gathers
@@ -774,8 +746,8 @@ class Database:
     def _send(self, driver: Any, attempt: Attempt) -> Awaitable[Any]:
         attempt.sent = True
         if attempt.kind is None:
-            return attempt.act(driver)  # type: ignore[no-any-return]  # it acts, or it has a kind
-        return attempt.kind.one(self.dialect, attempt.act, driver)  # type: ignore[no-any-return]
+            return attempt.load(driver)  # type: ignore[no-any-return]  # it acts, or it has a kind
+        return attempt.kind.one(self.dialect, attempt.load, driver)  # type: ignore[no-any-return]
 
     async def _admit(self, connection: PoolProxiedConnection, attempt: Attempt) -> Admission:
         """What there is to know of a connection before it is used: asked once for each.
@@ -889,7 +861,7 @@ class Database:
         async with self._only_user(), transaction(self.engine) as connection:
             await self._admit_sqlalchemy(connection, attempt)
             attempt.sent = True
-            return await attempt.act(connection)
+            return await attempt.load(connection)
 
 
 @asynccontextmanager

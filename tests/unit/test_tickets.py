@@ -4,49 +4,75 @@ before it is sent and after."""
 from __future__ import annotations
 
 import asyncio
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytest
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.ext.asyncio import create_async_engine
 
 from shardgate import shards
+from shardgate.coalescing import ALONE, Flight, Seat
 from shardgate.errors import UsageError
-from shardgate.settling import Deadlines
-from shardgate.shards import Attempt, Database
+from shardgate.shards import Appends, Attempt, Database
+from shardgate.sql.dialect import Append, Key, Operation
+from shardgate.sql.schema import TableNames, build_tables
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import AsyncIterator, Callable
 
 SENT = pytest.mark.parametrize("sent", [False, True])
+TABLES = build_tables(TableNames.standalone("agent_sessions", "agent_messages"))
 
 
 class Call:
-    """A caller of one operation, for which a ticket waits."""
+    """A caller of one operation, which waits for a seat, or is under way with others."""
 
-    def __init__(
-        self, *, sent: bool, writes: bool = True, holds: bool = True, seconds: float | None = None
-    ) -> None:
-        loop = asyncio.get_running_loop()
-        attempt = Attempt(loop.time(), writes=writes)
-        attempt.sent = sent
-        self.deadlines = None if seconds is None else Deadlines(seconds)
-        database = cast("Database", SimpleNamespace(loop=loop))
-        self.ticket = shards._Ticket(attempt, database, self.deadlines, holds=holds)
-        self.left = 0
-        self.ticket.leave = self._leave  # type: ignore[method-assign]
-        self.task = asyncio.create_task(self._wait())
+    under_way: ClassVar[list[asyncio.Task[Any]]]
 
-    def _leave(self) -> None:
-        self.left += 1
+    def __init__(self, *, sent: bool, writes: bool = True, seconds: float | None = None) -> None:
+        self.database = Database(create_async_engine("postgresql+asyncpg://u@localhost/d"), TABLES)
+        self.database.deadline = seconds
+        self.database._lane(Appends)._seats = 0  # whoever comes has to wait
+        append = Append(Key("", "chat", 1), None, Operation("op", "append"), ["1"])
+        self.attempt = Attempt(self.database.loop.time(), append, Appends, writes=writes)
+        self._sent = sent
+        self.flying: asyncio.Task[Any] = asyncio.create_task(asyncio.Event().wait())
+        self.under_way.append(self.flying)
+        self.task = asyncio.create_task(self.wait())
 
-    async def _wait(self) -> Any:
-        """As ``Database._at_once`` waits."""
-        try:
-            return await self.ticket
-        finally:
-            cancelled = self.ticket.end()
-            if cancelled is not None:
-                raise asyncio.CancelledError(*cancelled)
+    def wait(self) -> Any:
+        return self.database._at_once(self.attempt)
+
+    async def begin(self) -> None:
+        """It waits, and is sent if it is to be."""
+        await turn()
+        assert self.attempt.waits
+        if self._sent:
+            flight = Flight(Seat(0, ()), [self.attempt])
+            flight.task = self.flying
+            self.attempt.sent = True
+
+    @property
+    def is_left(self) -> bool:
+        """Whether what it was sent with is ended for want of anybody who waits."""
+        return self.flying.cancelling() > 0
+
+
+async def call(**how: Any) -> Call:
+    made = Call(**how)
+    await made.begin()
+    return made
+
+
+@pytest.fixture(autouse=True)
+async def flights(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[None]:
+    """Whatever is under way is ended."""
+    under_way: list[asyncio.Task[Any]] = []
+    monkeypatch.setattr(Call, "under_way", under_way, raising=False)
+    yield
+    for flight in under_way:
+        flight.cancel()
+    await asyncio.gather(*under_way, return_exceptions=True)
 
 
 async def turn() -> None:
@@ -55,122 +81,140 @@ async def turn() -> None:
 
 
 async def test_before_it_is_sent_it_is_cancelled_at_once() -> None:
-    call = Call(sent=False)
-    await turn()
-    call.task.cancel("enough")
+    waiting = await call(sent=False)
+    waiting.task.cancel("enough")
     await turn()
     with pytest.raises(asyncio.CancelledError, match="enough"):
-        call.task.result()
-    assert call.left == 1
+        waiting.task.result()
+    assert not waiting.attempt.waits
 
 
 async def test_a_reading_is_cancelled_at_once() -> None:
-    call = Call(sent=True, writes=False)
+    reading = await call(sent=True, writes=False)
+    reading.task.cancel()
     await turn()
-    call.task.cancel()
-    await turn()
-    assert call.task.cancelled()
-    assert call.left == 1
+    assert reading.task.cancelled()
+    assert reading.is_left
 
 
-async def test_who_waits_in_a_task_of_its_own_is_not_held() -> None:
-    """There it is ``settle`` that sees to it."""
-    call = Call(sent=True, holds=False)
-    await turn()
-    call.task.cancel()
-    await turn()
-    assert call.task.cancelled()
-
-
-@pytest.mark.parametrize("end", [lambda t: t.give("done"), lambda t: t.fail(UsageError("no"))])
+@pytest.mark.parametrize(
+    "end",
+    [
+        lambda attempt: attempt.give("done"),
+        lambda attempt: attempt.give(ALONE),
+        lambda attempt: attempt.fail(UsageError("no")),
+        lambda attempt: attempt.flight.land(ConnectionAbortedError()),
+    ],
+)
 async def test_a_sent_write_is_waited_for_and_then_its_caller_is_cancelled(
     end: Callable[[Any], None],
 ) -> None:
-    call = Call(sent=True)
-    await turn()
+    writing = await call(sent=True)
     for word in ("first", "again", "and again"):
-        call.task.cancel(word)
+        writing.task.cancel(word)
         await turn()
-        assert not call.task.done()
-    end(call.ticket)
+        assert not writing.task.done()
+    end(writing.attempt)
     with pytest.raises(asyncio.CancelledError, match="first"):
-        await call.task
-    assert call.left == 0
+        await writing.task
+    assert not writing.is_left
+
+
+@pytest.mark.parametrize("first", ["cancelled", "told"])
+async def test_a_cancellation_in_the_turn_in_which_it_comes_to_its_end(first: str) -> None:
+    """Nothing tells of the outcome any more: it is not waited for."""
+    writing = await call(sent=True)
+    flight = writing.attempt.flight
+    assert flight is not None
+    if first == "cancelled":
+        writing.task.cancel()
+    writing.attempt.give("done")
+    if first == "told":
+        writing.task.cancel()
+    asyncio.get_running_loop().call_soon(flight.land, RuntimeError("no outcome"))
+    await turn()
+    await turn()
+    assert writing.task.cancelled()
 
 
 async def test_but_not_for_longer_than_the_grace(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shards, "CANCELLED_SECONDS", 0.01)
-    call = Call(sent=True)
-    await turn()
-    call.task.cancel("enough")
+    writing = await call(sent=True)
+    writing.task.cancel("enough")
     with pytest.raises(asyncio.CancelledError, match="enough"):
-        await call.task
-    assert call.left == 1
-
-
-async def test_the_grace_ends_with_the_operation() -> None:
-    call = Call(sent=True)
-    await turn()
-    call.task.cancel()
-    await turn()
-    timer = call.ticket._grace_timer
-    assert timer is not None
-    call.ticket.give("done")
-    await asyncio.wait([call.task])
-    assert timer.cancelled()
+        await writing.task
+    assert writing.is_left
 
 
 @SENT
 async def test_at_its_deadline_it_has_failed(sent: bool) -> None:
-    call = Call(sent=sent, seconds=0.01)
-    with pytest.raises(TimeoutError):
-        await call.task
-    assert call.left == 1
+    late = await call(sent=sent, seconds=0.01)
+    with pytest.raises(OperationalError) as raised:
+        await late.task
+    assert isinstance(raised.value.orig, TimeoutError)
+    assert late.is_left is sent
 
 
 @SENT
 async def test_a_caller_who_is_cancelled_is_cancelled_whatever_the_deadline(sent: bool) -> None:
-    call = Call(sent=sent, seconds=0.01)
-    await turn()
-    call.task.cancel("enough")
+    late = await call(sent=sent, seconds=0.01)
+    late.task.cancel("enough")
     with pytest.raises(asyncio.CancelledError, match="enough"):
-        await call.task
-    assert call.left == 1
+        await late.task
+    assert late.is_left is sent
 
 
 async def test_a_deadline_that_has_passed_ends_nothing_that_is_done() -> None:
-    call = Call(sent=True)
-    await turn()
-    call.ticket.give("done")
-    call.ticket.expire()
-    assert await call.task == "done"
-    assert call.left == 0
+    done = await call(sent=True)
+    done.attempt.give("done")
+    done.attempt.expire()
+    assert await done.task == "done"
+    assert not done.is_left
 
 
 @SENT
 async def test_a_timeout_of_the_callers_own(sent: bool) -> None:
     """It waits for the outcome of what was sent, and is a TimeoutError all the same."""
-    call = Call(sent=sent)
-    asyncio.get_running_loop().call_later(0.03, call.ticket.give, "done")
-
-    async def wait() -> None:
-        async with asyncio.timeout(0.01):
-            await call._wait()
-
-    call.task.cancel()  # another one waits
+    timed = Call(sent=sent)
+    timed.task.cancel()  # another one waits
+    loop = asyncio.get_running_loop()
+    began = loop.create_task(timed.begin())
+    loop.call_later(0.03, timed.attempt.give, "done")
     with pytest.raises(TimeoutError):
-        await wait()
-    assert call.ticket.cancelled() is not sent
+        async with asyncio.timeout(0.01):
+            await timed.wait()
+    assert began.done()
+    assert timed.is_left is False
     task = asyncio.current_task()
     assert task is not None
     assert task.cancelling() == 0
 
 
+@SENT
+async def test_a_caller_that_is_closed_leaves(sent: bool) -> None:
+    """As a task's coroutine is that is collected; be it that it was cancelled before."""
+    for cancelled in (False, True):
+        gone = Call(sent=sent)
+        gone.task.cancel()
+        await turn()
+        caller = gone.wait()
+        caller.send(None)
+        await gone.begin()
+        if cancelled and sent:
+            assert gone.attempt.answer is not None
+            gone.attempt.answer.cancel()
+            caller.throw(asyncio.CancelledError())
+        caller.close()
+        assert not gone.attempt.waits
+        assert gone.is_left is sent
+
+
 async def test_nothing_is_kept_of_it() -> None:
-    call = Call(sent=True, seconds=60)
-    await turn()
-    assert call.deadlines is not None
-    assert list(call.deadlines._ends) == [call.ticket]
-    call.ticket.give("done")
-    assert await call.task == "done"
-    assert not call.deadlines._ends
+    known = await call(sent=True, seconds=60)
+    deadlines = known.database._deadlines
+    assert deadlines is not None
+    assert list(deadlines._ends) == [known.attempt]
+    known.attempt.give("done")
+    assert await known.task == "done"
+    assert not deadlines._ends
+    assert known.attempt.answer is None
