@@ -515,10 +515,10 @@ class Database:
     async def _see_out(self, attempt: Attempt) -> None:
         """Wait for an operation that is under way with others though its caller is cancelled, if it
         has to end: until its deadline, and for as long as a cancelled write is waited for."""
-        told = answer = attempt.answer
-        flight = attempt.flight
+        told, flight = attempt.answer, attempt.flight
         if told is None or not told.cancelled():
             return  # it has come to its end
+        answer = told
         give_up = self._now() + CANCELLED_SECONDS
         if self.deadline is not None:
             give_up = min(give_up, attempt.started + self.deadline)
