@@ -84,3 +84,16 @@ async def test_the_default_limit_of_the_session(door: Door) -> None:
 def test_wrong_settings_are_an_error(door: Door, settings: Any) -> None:
     with pytest.raises(UsageError, match=r"limit|session_settings"):
         door.session(session_settings=settings)
+
+
+@pytest.mark.backends("sqlite")
+async def test_bytes_are_read_if_they_are_text(door: Door, caplog: pytest.LogCaptureFixture) -> None:
+    """SQLite keeps a BLOB in a column of texts; somebody else may have put it there."""
+    blobs: list[Any] = ['{"n": "é"}'.encode(), b'{"n": "\xff"}', b"\x00\x01"]
+    await door.session().add_items([{"n": 0}])
+    for blob in blobs:
+        await door.damage(blob)
+    await door.session().add_items([{"n": 2}])
+    assert await door.session().get_items() == [{"n": 0}, {"n": "é"}, {"n": 2}]
+    assert "2 undecodable" in caplog.text
+    assert await door.session().get_items(2) == [{"n": "é"}, {"n": 2}]

@@ -208,7 +208,7 @@ class SQLite(Dialect):
         with _transaction(connection, "BEGIN") as raw:
             if not self._holds(raw, read.key, read.guard):
                 return None
-            return joined([data for _, data, _ in raw.execute(self.tail_sql, values)])
+            return joined([_text(data) for _, data, _ in raw.execute(self.tail_sql, values)])
 
     def _pop(
         self, connection: Any, key: Key, guard: Guard | None, operation: Operation
@@ -293,6 +293,14 @@ def _change(key: Key, operation: Operation, now: datetime, *, n: int | None) -> 
 def _timestamp(moment: datetime) -> str:
     """As SQLAlchemy's DateTime writes it."""
     return moment.replace(tzinfo=None).isoformat(" ", "microseconds")
+
+
+def _text(data: str | bytes) -> str:
+    """The text of a row: somebody else may have put bytes there. Where they are none, no item's."""
+    try:
+        return data if isinstance(data, str) else data.decode()
+    except UnicodeDecodeError:
+        return ""
 
 
 def _is_json(data: object) -> bool:
