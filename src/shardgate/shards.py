@@ -515,21 +515,18 @@ class Database:
     async def _see_out(self, attempt: Attempt) -> None:
         """Wait for an operation that is under way with others though its caller is cancelled, if it
         has to end: until its deadline, and for as long as a cancelled write is waited for."""
-        told, flight = attempt.answer, attempt.flight
-        if told is None or not told.cancelled():
-            return  # it has come to its end
-        answer = told
+        flight, end = attempt.flight, None
         give_up = self._now() + CANCELLED_SECONDS
         if self.deadline is not None:
             give_up = min(give_up, attempt.started + self.deadline)
         try:
             if attempt.has_to_end() and flight is not None and flight.task is not None:
-                answer = attempt.answer = self.loop.create_future()
-                while not answer.done() and (seconds := give_up - self._now()) > 0:
+                end = attempt.answer = self.loop.create_future()  # the caller's own is cancelled
+                while not end.done() and (seconds := give_up - self._now()) > 0:
                     with suppress(asyncio.CancelledError):  # once is enough
-                        await asyncio.wait([answer], timeout=seconds)
+                        await asyncio.wait([end], timeout=seconds)
         finally:
-            if answer is told or not answer.done():
+            if end is None or not end.done():
                 attempt.give_up()
 
     @cached_property

@@ -87,7 +87,9 @@ def test_wrong_settings_are_an_error(door: Door, settings: Any) -> None:
 
 
 @pytest.mark.backends("sqlite")
-async def test_bytes_are_read_if_they_are_text(door: Door, caplog: pytest.LogCaptureFixture) -> None:
+async def test_bytes_are_read_if_they_are_text(
+    door: Door, caplog: pytest.LogCaptureFixture
+) -> None:
     """SQLite keeps a BLOB in a column of texts; somebody else may have put it there."""
     blobs: list[Any] = ['{"n": "é"}'.encode(), b'{"n": "\xff"}', b"\x00\x01"]
     await door.session().add_items([{"n": 0}])

@@ -484,6 +484,36 @@ async def test_a_seat_given_away_keeps_its_turn(
     assert all_free(chats.lane)
 
 
+async def test_a_seat_that_was_given_back_early_takes_no_turn_from_the_next(
+    sender: Sender, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a statement does whose answer is there, before it has landed."""
+    monkeypatch.setattr(coalescing, "WORTH_A_SEAT", 1)
+    chats = Chats(sender)
+    (first,) = chats.waits("a1")
+    await turn()
+    landing, sender.arrive = sender.arrive, asyncio.Event()
+    chats.waits("a2")
+    await turn()
+    assert sender.sent == [["a1"]], "it has to keep its order"
+    assert first.flight is not None
+    chats.lane.give_back(first.flight.seat)
+    await turn()
+    assert sender.sent == [["a1"], ["a2"]]
+    landing.set()
+    await turn()
+    assert not first.waits
+    chats.waits("a3")
+    await turn()
+    assert sender.sent == [["a1"], ["a2"]], "the second one is under way still"
+    sender.arrive.set()
+    await turn()
+    assert sender.sent[2:] == [["a3"]]
+    await turn()
+    assert all_free(chats.lane)
+    assert not chats.lane._turns
+
+
 @given(
     seats=st.integers(1, 3),
     worth=st.integers(1, 4),
