@@ -28,7 +28,7 @@ from shardgate.coalescing import share
 from shardgate.engines import make_engine
 from shardgate.items import MARKED, decode_all, encode, split
 from shardgate.shards import SEATS
-from shardgate.sql.dialect import Append, Guard, Key, Operation, Outcome, TailRead, joined
+from shardgate.sql.dialect import Append, Guard, Key, Operation, Outcome, TailRead
 from shardgate.sql.mysql import MySQL
 from shardgate.sql.postgresql import PostgreSQL
 from shardgate.sql.schema import TableNames, build_tables
@@ -270,7 +270,7 @@ class CrowdSession:
 
     async def get_items(self, limit: int | None = None) -> list[Any]:
         rows = await self.raw.reads.join(TailRead(self.spot.key, self.spot.guard, limit))
-        return decode_all(*rows)[::-1]
+        return decode_all(rows)[::-1]
 
     async def add_items(self, items: list[Any]) -> None:
         _check(await self.raw.appends.join(_append(self.spot, items)))
@@ -315,7 +315,7 @@ class AiomysqlSession:
         tail, spot = self.raw.dialect.tail, self.spot
         async with self.spot.shelf.one() as connection:
             rows = await tail(connection, TailRead(spot.key, spot.guard, limit))
-        return [json.loads(data) for data in reversed(split(*(rows or joined([]))))]
+        return [json.loads(data) for data in reversed(split(rows or []))]
 
     async def add_items(self, items: list[Any]) -> None:
         data = [json.dumps(item, separators=(",", ":")) for item in items]

@@ -86,7 +86,7 @@ class Ticket(ABC, Generic[J, R]):
     """
 
     load: J
-    answer: asyncio.Future[R | Alone] | None = None
+    answer: asyncio.Future[R] | None = None
     flight: Flight | None = None
 
     @abstractmethod
@@ -98,12 +98,19 @@ class Ticket(ABC, Generic[J, R]):
         """Whether somebody waits for the outcome."""
         return self.answer is not None and not self.answer.done()
 
+    @property
+    def is_aboard(self) -> bool:
+        """Whether nobody has told an outcome, nor left: who was cancelled just now may yet stay."""
+        answer = self.answer
+        return answer is not None and (not answer.done() or answer.cancelled())
+
     def leave(self) -> None:
         """Nobody waits for the outcome any more."""
+        self.answer = None
         if self.flight is not None:
             self.flight.end_if_left()
 
-    def give(self, outcome: R | Alone) -> None:
+    def give(self, outcome: R) -> None:
         """Tell the outcome, if anybody still waits for one."""
         answer = self.answer
         if answer is not None and not answer.done():
@@ -118,26 +125,34 @@ class Ticket(ABC, Generic[J, R]):
 
 
 class Flight:
-    """A statement that is under way with these tickets, and the seat that it has."""
+    """A statement that is under way with these tickets, and the seat that it has; and those who are
+    sent after it, one by one, before anybody else of their turn."""
 
-    __slots__ = ("seat", "task", "together")
+    __slots__ = ("seat", "task", "then", "together")
 
-    def __init__(self, seat: Seat, together: Sequence[Ticket[Any, Any]]) -> None:
+    def __init__(
+        self,
+        seat: Seat,
+        together: Sequence[Ticket[Any, Any]],
+        then: deque[Ticket[Any, Any]] | None = None,
+    ) -> None:
         self.seat = seat
         self.task: asyncio.Task[None] | None = None
         self.together = together
+        self.then = then
         for ticket in together:
             ticket.flight = self
 
     def end_if_left(self) -> None:
         """Cancel it, if it is without passengers: it would keep its connection from others."""
-        if self.task is not None and not any(ticket.waits for ticket in self.together):
+        if self.task is not None and not any(ticket.is_aboard for ticket in self.together):
             self.task.cancel()
 
     def land(self, error: Exception) -> None:
         """It is over. For those without an outcome there was this error."""
         for ticket in self.together:
-            ticket.fail(error)
+            if ticket.flight is self:
+                ticket.fail(error)
         # Else it and its tickets would refer to each other.
         self.task, self.together = None, ()
 
@@ -245,7 +260,7 @@ class Lane(Generic[J, R]):
         if self._waiting:
             self._depart()
 
-    def wait(self, ticket: Ticket[J, R]) -> asyncio.Future[R | Alone]:
+    def wait(self, ticket: Ticket[J, R]) -> asyncio.Future[R]:
         """Wait in order, for an answer; only after :meth:`take_seat` gave none."""
         answer = ticket.answer = self._loop.create_future()
         ticket.flight = None
@@ -268,18 +283,46 @@ class Lane(Generic[J, R]):
             together, turns = self._gather()
             if not together:
                 return
-            flight = Flight(self._seat(turns, len(together)), together)
-            # In a context of its own: it is nothing of the request's that happens to start it.
-            task = self._loop.create_task(together[0].send(self, together), context=Context())
-            flight.task = task
-            self._flights.add(task)  # a task that nobody refers to may be collected
-            task.add_done_callback(partial(self._land, flight))
+            self._send(Flight(self._seat(turns, len(together)), together))
+
+    def _send(self, flight: Flight) -> None:
+        together = flight.together
+        # In a context of its own: it is nothing of the request's that happens to start it.
+        task = self._loop.create_task(together[0].send(self, together), context=Context())
+        flight.task = task
+        self._flights.add(task)  # a task that nobody refers to may be collected
+        task.add_done_callback(partial(self._land, flight))
+
+    def send_alone(self, flight: Flight, tickets: Sequence[Ticket[J, R]]) -> None:
+        """Send by themselves who were sent together in vain: without a seat, since they may wait
+        for long, and those of a turn one after the other, before all who come after them."""
+        chains: dict[Hashable, deque[Ticket[J, R]]] = {}
+        for ticket in tickets:
+            turn = ticket.load.turn
+            chains.setdefault(ticket if turn is None else turn, deque()).append(ticket)
+            ticket.flight = None
+        flight.seat.turns = [turn for turn in flight.seat.turns if turn not in chains]
+        for chain in chains.values():
+            self._send_next(chain)
+
+    def _send_next(self, chain: deque[Ticket[J, R]]) -> None:
+        turn = chain[0].load.turn
+        seat = Seat(self._clock(), () if turn is None else (turn,))
+        while chain:
+            ticket = chain.popleft()
+            if ticket.waits:
+                self._send(Flight(seat, [ticket], chain))
+                return
+        self.give_back(seat)
 
     def _land(self, flight: Flight, task: asyncio.Task[None]) -> None:
         self._flights.discard(task)
         error = ConnectionAbortedError("cancelled") if task.cancelled() else task.exception()
         flight.land(error if isinstance(error, Exception) else RuntimeError("no outcome"))
-        self.give_back(flight.seat)
+        if flight.then:
+            self._send_next(flight.then)
+        else:
+            self.give_back(flight.seat)
 
     def _gather(self) -> tuple[list[Ticket[J, R]], list[Hashable]]:
         """The first who wait, as many as may go together, and whose turn it is by that; not those

@@ -35,6 +35,9 @@ _MARK = 2**62 + secrets.randbits(61)
 """A number of this process that nobody can have written into a text."""
 MARKED = f",{_MARK},"
 """What is between texts that are joined into one."""
+Texts = tuple[int, str] | list[str]
+"""Several texts: how many, and all of them joined into one, ``MARKED`` between; or, where they are
+long, a list, since to join and to split it would take its memory again."""
 _PARSED_TOGETHER = 1 << 20
 """Characters: longer texts gain nothing by being parsed together."""
 
@@ -75,28 +78,40 @@ def decode(text: str) -> Any:
         return _decode_slowly(text)
 
 
-def decode_all(count: int, joined: str) -> list[Any]:
-    """As :func:`decode` of each of ``count`` texts that are joined into one, ``MARKED`` between.
+def joined(texts: list[str]) -> Texts:
+    """Texts as one, where that is worth while."""
+    if sum(map(len, texts)) < _PARSED_TOGETHER:
+        return len(texts), MARKED.join(texts)
+    return texts
 
-    They are parsed as one array, which takes half of the time of parsing each (decision 18). The
-    mark between any two shows that each is an item by itself: if all marks are found where they
-    were put, outside of everything, with one value between them, then each text is that value, and
-    not part of one that another text has begun.
+
+def split(texts: Texts) -> list[str]:
+    """Each of the texts."""
+    if isinstance(texts, list):
+        return texts
+    count, text = texts
+    return text.split(MARKED) if count else []
+
+
+def decode_all(texts: Texts) -> list[Any]:
+    """As :func:`decode` of each.
+
+    Those that are joined are parsed as one array, which takes half of the time of parsing each
+    (decision 18). The mark between any two shows that each is an item by itself: if all marks are
+    found where they were put, outside of everything, with one value between them, then each text is
+    that value, and not part of one that another text has begun.
     """
-    if count > 1 and len(joined) < _PARSED_TOGETHER:
-        try:
-            parsed: list[Any] = _from_json(f"[{joined}]")
-        except (ValueError, TypeError):
-            pass
-        else:
-            if len(parsed) == 2 * count - 1 and parsed[1::2] == [_MARK] * (count - 1):
-                return parsed[::2]
-    return [decode(text) for text in split(count, joined)]
-
-
-def split(count: int, joined: str) -> list[str]:
-    """The texts that are joined into one, ``MARKED`` between."""
-    return joined.split(MARKED) if count else []
+    if not isinstance(texts, list):
+        count, text = texts
+        if count > 1 and len(text) < _PARSED_TOGETHER:
+            try:
+                parsed: list[Any] = _from_json(f"[{text}]")
+            except (ValueError, TypeError):
+                pass
+            else:
+                if len(parsed) == 2 * count - 1 and parsed[1::2] == [_MARK] * (count - 1):
+                    return parsed[::2]
+    return [decode(text) for text in split(texts)]
 
 
 def _decode_slowly(text: str) -> Any:

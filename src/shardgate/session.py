@@ -454,7 +454,7 @@ def _checked_limit(limit: object) -> int | None:
         raise UsageError(f"limit must be an integer or None, not {type(limit).__name__}")
     if limit < 0:
         raise UsageError(f"limit must not be negative: {limit}; use 0 for no items, None for all")
-    return min(limit, MAX_LIMIT)
+    return min(int(limit), MAX_LIMIT)  # int: of a subclass of it, its text may be another one
 
 
 def _checked_settings(

@@ -53,7 +53,8 @@ if TYPE_CHECKING:
 
     from shardgate.coalescing import Alone
     from shardgate.engines import LoopState
-    from shardgate.sql.dialect import Admission, Dialect, Outcome, Rows, Server
+    from shardgate.items import Texts
+    from shardgate.sql.dialect import Admission, Dialect, Outcome, Server
     from shardgate.sql.schema import TableNames, Tables
 
     Verify = Callable[["Shard", Admission], Coroutine[Any, Any, "Quarantine | None"]]
@@ -101,7 +102,7 @@ class Attempt(Ticket[Any, Any]):
     attempt under way has reached the driver. ``lost``: an attempt that was sent has not been
     answered, so it may have taken effect. ``about_the_shard``: it asks what a shard is, or tells
     it, so it does not depend on the answer. ``server`` is the one that the attempt has led to.
-    ``alone``: it was sent with others in vain, or is not to be.
+    ``alone``: it was sent with others in vain, or is not to be sent so.
     """
 
     sent = lost = alone = False
@@ -192,19 +193,19 @@ class TailReads:
     foreseen_bytes = MOST_BYTES // 8  # until it is known, a few at a time
 
     @staticmethod
-    async def one(dialect: Dialect, read: TailRead, connection: Any) -> Rows | None:
+    async def one(dialect: Dialect, read: TailRead, connection: Any) -> Texts | None:
         return await dialect.tail(connection, read)
 
     @staticmethod
     async def many(
         dialect: Dialect, reads: Sequence[TailRead], connection: Any
-    ) -> list[Rows | None]:
+    ) -> list[tuple[int, str] | None]:
         return await dialect.tail_many(connection, reads)
 
     @staticmethod
-    def answer_bytes(answers: Sequence[Rows | None]) -> int:
+    def answer_bytes(answers: Sequence[tuple[int, str] | None]) -> int:
         """How much one answer has, on average."""
-        return sum([len(rows[1]) for rows in answers if rows is not None]) // len(answers)
+        return sum([len(text) for _, text in filter(None, answers)]) // len(answers)
 
 
 class Line:
@@ -316,7 +317,7 @@ class Database:
         """As :meth:`write`; sent together with others, where it would have to wait."""
         return self._at_once(Attempt(self._now(), append, Appends))
 
-    def tail(self, read: TailRead) -> Coroutine[Any, Any, Rows | None]:
+    def tail(self, read: TailRead) -> Coroutine[Any, Any, Texts | None]:
         """As :meth:`read`, the newest rows, newest first; together with others likewise.
 
         None where the guard fails.
@@ -349,16 +350,12 @@ class Database:
                 lane.give_back(seat)
         attempt.database = self
         try:
-            outcome = await lane.wait(attempt)
+            return await lane.wait(attempt)
         except asyncio.CancelledError:
             attempt.leave()
             raise
         finally:
             attempt.answer = None  # the traceback of its error leads here
-        if outcome is not ALONE:
-            return outcome
-        attempt.alone, attempt.sent = True, False
-        return await self._single(attempt)
 
     def _lane(self, kind: Any) -> Lane[Any, Any]:
         return self.here.own((kind, self.dialect), partial(_new_lane, kind, self._crowd))
@@ -380,6 +377,7 @@ class Database:
         the error, and does about it what it would do by itself. Any other error may be another
         one's: each goes alone.
         """
+        flight = tickets[0].flight
         aboard: list[Attempt] = []
 
         async def act(connection: Any) -> Sequence[Any]:
@@ -399,15 +397,23 @@ class Database:
         try:
             outcomes = await self._once(attempt)
         except Exception as error:
-            if not attempt.sent or self._is_unanswered(error):
+            if len(aboard) < 2 or not attempt.sent or self._is_unanswered(error):
                 raise
             outcomes = [ALONE] * len(aboard)
         if aboard:
             self._has_answered()
+        told = list(zip(aboard, outcomes, strict=True))
+        if ALONE in outcomes:
+            alone = [ticket for ticket, outcome in told if outcome is ALONE]
+            for ticket in alone:  # nothing has become of it
+                ticket.alone, ticket.sent = True, False
+            lane.send_alone(flight, alone)
         # Before anybody is told: who waits is to be under way while others see to their answers.
-        lane.give_back(tickets[0].flight.seat)
-        for ticket, outcome in zip(aboard, outcomes, strict=True):
-            ticket.give(outcome)
+        if not flight.then:
+            lane.give_back(flight.seat)
+        for ticket, outcome in told:
+            if outcome is not ALONE:
+                ticket.give(outcome)
 
     def _is_unanswered(self, error: Exception) -> bool:
         """Whether a statement that was sent may have taken effect, for all that is known."""
@@ -490,8 +496,6 @@ class Database:
                     if deadlines is not None:
                         deadlines.remove(attempt)
                     attempt.answer = None  # the traceback of its error leads here
-                if answer is not ALONE:
-                    return answer
             else:
                 try:
                     answer = await Underway(
@@ -506,11 +510,9 @@ class Database:
                     if lane is not None and seat is not None:
                         lane.give_back(seat)
                 self._has_answered()
-                return answer
         except Exception as error:  # noqa: BLE001 - _run sees to it
             return await self._settled(self._operate, attempt, failed=error)
-        attempt.alone, attempt.sent = True, False
-        return await self._settled(self._operate, attempt)
+        return answer
 
     async def _see_out(self, attempt: Attempt) -> None:
         """Wait for an operation that is under way with others though its caller is cancelled, if it

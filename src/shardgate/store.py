@@ -23,9 +23,10 @@ if TYPE_CHECKING:
 
     from sqlalchemy.ext.asyncio import AsyncConnection
 
+    from shardgate.items import Texts
     from shardgate.purge import Purge
     from shardgate.shards import Database
-    from shardgate.sql.dialect import Guard, Key, Rows
+    from shardgate.sql.dialect import Guard, Key
     from shardgate.sql.transactions import Listed, RecordedOp, Tail
 
 T = TypeVar("T")
@@ -97,15 +98,16 @@ class Store:
             items = _decoded_at_once(rows) if codec.is_json else None
             if items is None:
                 items = await self._one_by_one(key, rows, codec)
-            whole = window is None or rows[0] < window
+            count = len(rows) if isinstance(rows, list) else rows[0]
+            whole = window is None or count < window
             if whole or limit is None or len(items) >= limit:
                 return items if limit is None else items[-limit:]
-            window = 2 * rows[0]
+            window = 2 * count
 
-    async def _one_by_one(self, key: Key, newest_first: Rows, codec: Codec) -> list[Any]:
+    async def _one_by_one(self, key: Key, newest_first: Texts, codec: Codec) -> list[Any]:
         """The items that can be decoded."""
         items, skipped = [], 0
-        for data in reversed(split(*newest_first)):
+        for data in reversed(split(newest_first)):
             try:
                 items.append(await codec.item(data))
             except UndecodableError:
@@ -274,10 +276,10 @@ class Store:
         )
 
 
-def _decoded_at_once(newest_first: Rows) -> list[Any] | None:
+def _decoded_at_once(newest_first: Texts) -> list[Any] | None:
     """The items, oldest first; None where one of them cannot be decoded."""
     try:
-        return decode_all(*newest_first)[::-1]
+        return decode_all(newest_first)[::-1]
     except _NO_ITEM:
         return None
 

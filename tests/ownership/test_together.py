@@ -14,7 +14,8 @@ from gateway.shards import engine_at, item, settings_at
 from once.wire import HoldingProxy
 from ownership import test_fences
 from shardgate import Gateway, OperatorError, OutcomeUnknown, ShardUnavailable, UsageError, shards
-from shardgate.sql.dialect import Append, Guard, Key, Operation, Outcome, TailRead, joined
+from shardgate.items import joined
+from shardgate.sql.dialect import Append, Guard, Key, Operation, Outcome, TailRead
 from shardgate.sql.postgresql import PostgreSQL
 
 if TYPE_CHECKING:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardgate import coalescing
-from shardgate.coalescing import ALONE, MOST_BYTES, MOST_TOGETHER, Crowd, Lane, Ticket, worth
+from shardgate.coalescing import MOST_BYTES, MOST_TOGETHER, Crowd, Lane, Ticket, worth
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Generator, Sequence
@@ -268,13 +268,125 @@ async def test_a_seat_that_does_not_come_back_is_given_to_those_who_wait(
     assert lane.take_seat(Load("somebody")) is None
 
 
-async def test_what_has_to_go_alone_is_said_so(lane: Lane[Load, str], sender: Sender) -> None:
+async def test_the_first_outcome_counts(lane: Lane[Load, str], sender: Sender) -> None:
     ticket = sender.ticket("a")
     lane.wait(ticket)
-    ticket.give(ALONE)
+    ticket.give("a")
     ticket.give("b")
     ticket.fail(OSError())
-    assert await ticket is ALONE
+    assert await ticket == "a"
+
+
+class Parted(Sent):
+    """Where several are sent together, those of the chat "a" are to go alone; a statement arrives
+    when it is told to."""
+
+    arrivals: ClassVar[dict[str, asyncio.Event]]
+
+    async def send(self, lane: Any, together: Sequence[Ticket[Load, str]]) -> None:
+        names = [ticket.load.identity for ticket in together]
+        self.arrivals[" ".join(names)] = asyncio.Event()
+        await self.arrivals[" ".join(names)].wait()
+        alone = [one for one in together if one.load.turn == "a"] if len(together) > 1 else []
+        assert together[0].flight is not None
+        if alone:
+            lane.send_alone(together[0].flight, alone)
+        if not together[0].flight.then:
+            lane.give_back(together[0].flight.seat)
+        for ticket in together:
+            if ticket not in alone:
+                ticket.give(ticket.load.identity)
+
+
+async def _parted(monkeypatch: pytest.MonkeyPatch, *names: str) -> list[Parted]:
+    monkeypatch.setattr(Parted, "arrivals", {}, raising=False)
+    monkeypatch.setattr(coalescing, "WORTH_A_SEAT", 1)
+    monkeypatch.setattr(coalescing, "CROWD_SHARE", 100)
+    return [Parted(Load(name, turn=name[0]), _unused) for name in names]
+
+
+async def _unused(_: object) -> None:
+    raise AssertionError
+
+
+async def _arrives(name: str) -> None:
+    Parted.arrivals.pop(name).set()
+    await turn()
+
+
+async def test_those_who_are_to_go_alone_keep_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And their turn, but no seat: others go past them."""
+    lane: Lane[Load, str] = Lane(Crowd(), seats=1)
+    tickets = await _parted(monkeypatch, "a1", "b1", "a2", "a3", "b2", "a4")
+    a1, b1, a2, a3, b2, a4 = tickets
+    for ticket in (a1, b1, a2):
+        lane.wait(ticket)
+    await turn()
+    assert list(Parted.arrivals) == ["a1 b1 a2"]
+    for ticket in (a3, b2):
+        lane.wait(ticket)
+    await _arrives("a1 b1 a2")
+    assert not b1.waits
+    assert list(Parted.arrivals) == ["a1", "b2"]
+    await _arrives("b2")
+    lane.wait(a4)
+    await turn()
+    assert list(Parted.arrivals) == ["a1"]
+    await _arrives("a1")
+    assert not a1.waits
+    assert list(Parted.arrivals) == ["a2"]
+    await _arrives("a2")
+    assert list(Parted.arrivals) == ["a3 a4"]
+    await _arrives("a3 a4")
+    await _arrives("a3")
+    await _arrives("a4")
+    assert [ticket.waits for ticket in tickets] == [False] * 6
+    assert all_free(lane)
+    assert not lane._turns
+
+
+@pytest.mark.parametrize("leaves", ["a1", "a2", "both"])
+async def test_who_is_to_go_alone_may_leave(monkeypatch: pytest.MonkeyPatch, leaves: str) -> None:
+    """What he was sent with is over for him, and he is not sent any more, or ended."""
+    lane: Lane[Load, str] = Lane(Crowd(), seats=1)
+    tickets = await _parted(monkeypatch, "a1", "b1", "a2", "a3")
+    a1, _, a2, a3 = tickets
+    for ticket in tickets[:3]:
+        lane.wait(ticket)
+    await turn()
+    lane.wait(a3)
+    await _arrives("a1 b1 a2")
+    if leaves != "a1":
+        a2.cancel()
+    if leaves == "a2":
+        await _arrives("a1")
+    else:
+        a1.cancel()
+        Parted.arrivals.pop("a1")
+        await turn()
+    if leaves == "a1":
+        await _arrives("a2")
+    assert list(Parted.arrivals) == ["a3"]
+    await _arrives("a3")
+    assert not a3.waits
+    assert all_free(lane)
+    assert not lane._turns
+
+
+async def test_who_was_cancelled_just_now_is_still_aboard(
+    lane: Lane[Load, str], sender: Sender
+) -> None:
+    """Until he says himself whether he leaves: the write may have to be waited for."""
+    first, second = queue(lane, sender, "a", "b")
+    await turn()
+    assert first.answer is not None
+    first.answer.cancel()
+    second.cancel()  # leaves
+    await turn()
+    assert sender.cancelled == 0
+    first.leave()
+    await turn()
+    assert sender.cancelled == 1
 
 
 class Chats:

@@ -14,7 +14,16 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from shardgate.errors import UsageError
-from shardgate.items import MARKED, MAX_DEPTH, check_text, decode, decode_all, encode, split
+from shardgate.items import (
+    MARKED,
+    MAX_DEPTH,
+    check_text,
+    decode,
+    decode_all,
+    encode,
+    joined,
+    split,
+)
 
 TEXTS = st.text(st.characters(exclude_categories=()))
 VALUES = st.recursive(
@@ -178,9 +187,10 @@ def test_several_are_read_as_each_of_them(texts: list[str]) -> None:
         except ValueError:
             return "no item"
 
-    count, joined = len(texts), MARKED.join(texts)
-    assert split(count, joined) == texts
-    assert read(lambda: decode_all(count, joined)) == read(lambda: list(map(decode, texts)))
+    assert split(joined(texts)) == split(texts) == texts
+    one_by_one = read(lambda: list(map(decode, texts)))
+    assert read(lambda: decode_all(joined(texts))) == one_by_one
+    assert read(lambda: decode_all(texts)) == one_by_one
 
 
 def test_several_are_parsed_at_once() -> None:
@@ -193,8 +203,16 @@ def test_several_are_parsed_at_once() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("shardgate.items._from_json", parse)
         texts = ['{"n": 1}', '"two"', "3"]
-        assert decode_all(3, MARKED.join(texts)) == [{"n": 1}, "two", 3]
+        assert decode_all(joined(texts)) == [{"n": 1}, "two", 3]
         assert len(parsed) == 1
+
+
+def test_long_texts_are_not_joined() -> None:
+    """It would take their memory again, and four times that if one character of all is far off."""
+    texts = ['"' + "x" * 300_000 + '"'] * 4
+    assert joined(texts) is texts
+    assert decode_all(texts) == [text[1:-1] for text in texts]
+    assert decode_all((4, MARKED.join(texts))) == [text[1:-1] for text in texts]
 
 
 def test_lone_surrogates_are_read_escaped_or_not() -> None:

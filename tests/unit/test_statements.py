@@ -15,8 +15,9 @@ from sqlglot import exp
 from sqlglot.errors import ErrorLevel
 
 from shardgate.engines import DIALECTS
+from shardgate.items import joined
 from shardgate.shards import Database
-from shardgate.sql.dialect import Append, Guard, Key, Operation, TailRead, joined
+from shardgate.sql.dialect import Append, Guard, Key, Operation, TailRead
 from shardgate.sql.schema import TableNames, Tables, build_tables
 from shardgate.sql.transactions import utc_now
 from shardgate.store import Codec, Place, Store

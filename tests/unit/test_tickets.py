@@ -11,7 +11,7 @@ from sqlalchemy.exc import OperationalError
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from shardgate import shards
-from shardgate.coalescing import ALONE, Flight, Seat
+from shardgate.coalescing import Flight, Seat
 from shardgate.errors import UsageError
 from shardgate.shards import Appends, Attempt, Database
 from shardgate.sql.dialect import Append, Key, Operation
@@ -101,7 +101,6 @@ async def test_a_reading_is_cancelled_at_once() -> None:
     "end",
     [
         lambda attempt: attempt.give("done"),
-        lambda attempt: attempt.give(ALONE),
         lambda attempt: attempt.fail(UsageError("no")),
         lambda attempt: attempt.flight.land(ConnectionAbortedError()),
     ],

@@ -18,14 +18,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from sqlalchemy.exc import DBAPIError
 
-from shardgate.items import MARKED
-
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from sqlalchemy import Table
     from sqlalchemy.engine import Dialect as SQLAlchemyDialect
 
+    from shardgate.items import Texts
     from shardgate.sql.schema import Tables
 
 
@@ -106,15 +105,6 @@ class TailRead:
     weight: ClassVar[int] = 0
     turn: ClassVar[None] = None
     identity: ClassVar[None] = None
-
-
-Rows = tuple[int, str]
-"""How many rows, and their data joined into one text, ``MARKED`` between."""
-
-
-def joined(data: Sequence[str]) -> Rows:
-    """The data of rows as one text."""
-    return len(data), MARKED.join(data)
 
 
 def new_incarnation() -> int:
@@ -224,8 +214,8 @@ class Dialect(ABC):
         """Append items in their order, as one."""
 
     @abstractmethod
-    async def tail(self, connection: Any, read: TailRead) -> Rows | None:
-        """A session's newest rows, newest first; None where the guard fails."""
+    async def tail(self, connection: Any, read: TailRead) -> Texts | None:
+        """What a session's newest rows hold, newest first; None where the guard fails."""
 
     async def append_many(self, connection: Any, appends: Sequence[Append]) -> list[Outcome | None]:
         """Several appends as one statement; of a session's, the earlier one goes first. Only where
@@ -235,7 +225,9 @@ class Dialect(ABC):
         """
         raise NotImplementedError
 
-    async def tail_many(self, connection: Any, reads: Sequence[TailRead]) -> list[Rows | None]:
+    async def tail_many(
+        self, connection: Any, reads: Sequence[TailRead]
+    ) -> list[tuple[int, str] | None]:
         """Several tails as one statement. Only where the dialect ``gathers``."""
         raise NotImplementedError
 

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import pymysql
 
 from shardgate.errors import UsageError
+from shardgate.items import joined
 from shardgate.sql.dialect import (
     LISTED_AT_SECONDS,
     Admission,
     Dialect,
     Outcome,
     Server,
-    joined,
     nbytes,
     new_incarnation,
     one_line,
@@ -29,7 +29,8 @@ from shardgate.sql.dialect import (
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from shardgate.sql.dialect import Append, Guard, Key, Operation, Rows, TailRead
+    from shardgate.items import Texts
+    from shardgate.sql.dialect import Append, Guard, Key, Operation, TailRead
 
 _NOW = "@shardgate_now"
 
@@ -230,7 +231,7 @@ class MySQL(Dialect):
         values = change | {"incarnation": new_incarnation(), "size": sum(sizes), "rows": rows}
         return _outcome(await self._change(connection, self.append_sql % values))
 
-    async def tail(self, connection: Any, read: TailRead) -> Rows | None:
+    async def tail(self, connection: Any, read: TailRead) -> Texts | None:
         limit = "" if read.limit is None else f"LIMIT {int(read.limit)}"
         place = _place(read.key, read.guard) | {"limit": limit}
         (rows,) = await self._send(connection, self.tail_sql % place)

@@ -12,11 +12,12 @@ a mover's fence does not wait for it, its barrier does), op, session, items.
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import asyncpg
 
-from shardgate.items import MARKED, MAX_DEPTH
+from shardgate.items import MARKED, MAX_DEPTH, joined
 from shardgate.sql.dialect import (
     LISTED_AT_SECONDS,
     LONGEST_TAIL,
@@ -24,7 +25,6 @@ from shardgate.sql.dialect import (
     Dialect,
     Outcome,
     Server,
-    joined,
     nbytes,
     new_incarnation,
     one_line,
@@ -33,7 +33,8 @@ from shardgate.sql.dialect import (
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from shardgate.sql.dialect import Append, Guard, Key, Operation, Rows, TailRead
+    from shardgate.items import Texts
+    from shardgate.sql.dialect import Append, Guard, Key, Operation, TailRead
 
 _NOW = "(clock_timestamp() AT TIME ZONE 'UTC')"
 
@@ -223,7 +224,8 @@ _APPEND_MANY = """
             WHERE s.tenant_id = here.tenant_id AND s.session_id = here.session_id)
     ), op AS (
         INSERT INTO {ops} (h, tenant_id, session_id, op_id, kind, fingerprint, n, created_at)
-        SELECT h, tenant_id, session_id, op_id, 'append', fingerprint, n, {now} FROM ready
+        SELECT h, tenant_id, session_id, op_id, 'append', NULLIF(fingerprint, ''), n, {now}
+        FROM ready
         ORDER BY h, tenant_id, session_id, op_id
         ON CONFLICT DO NOTHING RETURNING op_id
     ), fresh AS MATERIALIZED (
@@ -274,15 +276,17 @@ _TAIL_MANY = """
     SELECT tail.n, tail.data
     FROM unnest((SELECT $1::text::text[]), (SELECT $2::text::text[]), (SELECT $3::text::int[]),
             (SELECT $4::text::text[]), (SELECT $5::text::int[])) WITH ORDINALITY
-        AS job (tenant_id, session_id, slot, owner, wanted, no)
+        AS job (tenant_id, session_id, slot, owner, wanted, no),
+        LATERAL (SELECT {held_many} AS here OFFSET 0) AS held
     LEFT JOIN LATERAL (
         SELECT count(*) AS n, string_agg(newest.message_data, $6::text) AS data FROM (
             SELECT m.message_data FROM {messages} AS m
-            WHERE m.tenant_id = job.tenant_id AND m.session_id = job.session_id AND m.seq >= (
-                SELECT s.floor_seq FROM {sessions} AS s
-                WHERE s.tenant_id = job.tenant_id AND s.session_id = job.session_id)
+            WHERE held.here AND m.tenant_id = job.tenant_id AND m.session_id = job.session_id
+                AND m.seq >= (
+                    SELECT s.floor_seq FROM {sessions} AS s
+                    WHERE s.tenant_id = job.tenant_id AND s.session_id = job.session_id)
             ORDER BY m.seq DESC LIMIT job.wanted) AS newest
-    ) AS tail ON {held_many}
+    ) AS tail ON held.here
     ORDER BY job.no
 """
 _HELD_MANY = """
@@ -291,6 +295,7 @@ _HELD_MANY = """
         AND tenant.tenant_id = job.tenant_id AND tenant.status = 'admitted'), false)
 """
 
+_ESCAPED = re.compile(r'["\\]')
 _CONTENTION = (
     asyncpg.SerializationError,
     asyncpg.DeadlockDetectedError,
@@ -360,7 +365,7 @@ class PostgreSQL(Dialect):
         )
         return _outcome(row)
 
-    async def tail(self, connection: Any, read: TailRead) -> Rows | None:
+    async def tail(self, connection: Any, read: TailRead) -> Texts | None:
         values = *_place(read.key, read.guard), read.limit
         is_short = read.limit is not None and read.limit <= LONGEST_TAIL
         if is_short and not connection.is_in_transaction():  # there, what fails ends all of it
@@ -384,7 +389,7 @@ class PostgreSQL(Dialect):
             *_places(appends),
             _numbers([append.key.h for append in appends]),
             _texts([operation.op_id for operation in operations]),
-            _texts([operation.fingerprint for operation in operations]),
+            _texts([operation.fingerprint or "" for operation in operations]),
             new_incarnation(),
             _numbers([len(items) for items in contents]),
             _numbers([sum(size) for size in sizes]),
@@ -395,9 +400,14 @@ class PostgreSQL(Dialect):
         )
         return [_HOW_FAR[steps] for steps in how_far]
 
-    async def tail_many(self, connection: Any, reads: Sequence[TailRead]) -> list[Rows | None]:
-        limits = _numbers([read.limit for read in reads])
-        rows = await connection.fetch(self.tail_many_sql, *_places(reads), limits, MARKED)
+    async def tail_many(
+        self, connection: Any, reads: Sequence[TailRead]
+    ) -> list[tuple[int, str] | None]:
+        limits = [read.limit for read in reads if read.limit is not None]
+        if len(limits) != len(reads):
+            raise ValueError("a reading of all rows cannot be in one statement with others")
+        values = *_places(reads), _numbers(limits), MARKED
+        rows = await connection.fetch(self.tail_many_sql, *values)
         return [None if n is None else (n, data or "") for n, data in rows]
 
     async def pop(
@@ -455,42 +465,33 @@ def _place(key: Key, guard: Guard | None) -> tuple[Any, ...]:
 
 
 def _places(loads: Sequence[Append] | Sequence[TailRead]) -> tuple[str | None, ...]:
-    """As :func:`_place` of each of them: an array for each column."""
-    keys, guards = [load.key for load in loads], [load.guard for load in loads]
+    """As :func:`_place` of each of them: an array for each column, NULL where there are no guards.
+
+    Arrays are sent as text: of each element of a list asyncpg asks whether it is a list itself,
+    which takes it longer than all else that it does for it.
+    """
+    keys = [load.key for load in loads]
+    guards = [load.guard for load in loads if load.guard is not None]
+    guarded = len(guards) == len(loads)  # all are, or none
     return (
         _texts([key.tenant_id for key in keys]),
         _texts([key.session_id for key in keys]),
-        _numbers([None if guard is None else guard.slot for guard in guards]),
-        _texts([None if guard is None else guard.owner for guard in guards]),
+        _numbers([guard.slot for guard in guards]) if guarded else None,
+        _texts([guard.owner for guard in guards]) if guarded else None,
     )
 
 
-# Arrays are sent as text: of each element of a list asyncpg asks whether it is a list itself, which
-# takes it longer than all else that is done for an operation's part of a statement.
-
-
-def _numbers(values: list[int] | list[int | None]) -> str:
+def _numbers(values: list[int]) -> str:
     """An array of numbers as PostgreSQL reads it."""
-    return f"{{{str(values)[1:-1]}}}".replace("None", "NULL")
+    return f"{{{str(values)[1:-1]}}}"
 
 
-def _texts(values: list[str] | list[str | None]) -> str:
+def _texts(values: list[str]) -> str:
     """An array of texts as PostgreSQL reads it, whatever they hold."""
-    try:
-        joined = '","'.join(values)  # type: ignore[arg-type]  # tried
-    except TypeError:  # one of them is None
-        pass
-    else:
-        if "\\" not in joined and joined.count('"') == 2 * (len(values) - 1):
-            return f'{{"{joined}"}}'
-    return f"{{{','.join(map(_element, values))}}}"
-
-
-def _element(value: str | None) -> str:
-    if value is None:
-        return "NULL"
-    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-    return f'"{escaped}"'
+    quoted = '","'.join(values)
+    if "\\" in quoted or quoted.count('"') != 2 * (len(values) - 1):
+        quoted = '","'.join([_ESCAPED.sub(r"\\\g<0>", value) for value in values])
+    return f'{{"{quoted}"}}'
 
 
 def _change(key: Key, guard: Guard | None, operation: Operation) -> tuple[Any, ...]:

@@ -15,6 +15,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
+from shardgate.items import joined
 from shardgate.settling import settle
 from shardgate.sql.dialect import (
     LISTED_AT_SECONDS,
@@ -22,7 +23,6 @@ from shardgate.sql.dialect import (
     Dialect,
     Outcome,
     Server,
-    joined,
     nbytes,
     new_incarnation,
     one_line,
@@ -31,7 +31,8 @@ from shardgate.sql.dialect import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from shardgate.sql.dialect import Append, Guard, Key, Operation, Rows, TailRead
+    from shardgate.items import Texts
+    from shardgate.sql.dialect import Append, Guard, Key, Operation, TailRead
 
 T = TypeVar("T")
 
@@ -138,7 +139,7 @@ class SQLite(Dialect):
     async def append(self, connection: Any, append: Append) -> Outcome:
         return await _on_thread(connection, self._append, append)
 
-    async def tail(self, connection: Any, read: TailRead) -> Rows | None:
+    async def tail(self, connection: Any, read: TailRead) -> Texts | None:
         return await _on_thread(connection, self._tail, read)
 
     async def pop(
@@ -203,7 +204,7 @@ class SQLite(Dialect):
             )
             return Outcome.DONE
 
-    def _tail(self, connection: Any, read: TailRead) -> Rows | None:
+    def _tail(self, connection: Any, read: TailRead) -> Texts | None:
         values = _ids(read.key) | {"limit": _ALL if read.limit is None else read.limit}
         with _transaction(connection, "BEGIN") as raw:
             if not self._holds(raw, read.key, read.guard):
