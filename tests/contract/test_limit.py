@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+from enum import IntEnum
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -59,6 +61,18 @@ async def test_undecodable_rows_do_not_count(door: Door, caplog: pytest.LogCaptu
     assert f"{12 + len(BROKEN)} undecodable" in message
     assert SESSION in message
     assert door.tenant in message
+
+
+async def test_a_limit_may_be_of_a_subclass(door: Door) -> None:
+    """In a statement with others', too, though its text may be another one."""
+
+    class Pages(IntEnum):
+        SHORT = 2
+
+    items: list[Any] = [{"n": n} for n in range(3)]
+    await door.session().add_items(items)
+    found = await asyncio.gather(*(door.session().get_items(Pages.SHORT) for _ in range(40)))
+    assert found == [items[-2:]] * 40
 
 
 async def test_a_wrong_limit_is_an_error(door: Door) -> None:

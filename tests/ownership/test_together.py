@@ -220,6 +220,49 @@ async def test_a_poisoned_append_fails_alone(
         assert await contents(gateway, number) == ([] if number == 9 else ["x"])
 
 
+async def _pairs(gateway: Gateway, number: int) -> None:
+    """Two appends to one session, the second while the first is under way with others."""
+    others = [session(gateway, f"o{n}").add_items([item("x")]) for n in range(8)]
+    first = asyncio.gather(*others, session(gateway).add_items([item(f"{number} a")]))
+    for _ in range(3):
+        await asyncio.sleep(0)
+    more = [session(gateway, f"p{n}").add_items([item("x")]) for n in range(number % 9)]
+    await asyncio.gather(session(gateway).add_items([item(f"{number} b")]), *more, first)
+
+
+async def test_the_order_is_kept_where_a_statement_fails_because_of_somebody_else(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fails, original = False, PostgreSQL.append_many
+
+    async def failing(self: PostgreSQL, connection: Any, appends: Any) -> Any:
+        nonlocal fails
+        if fails:
+            fails = False
+            await connection.fetchval("SELECT 1 / 0")
+        return await original(self, connection, appends)
+
+    monkeypatch.setattr(PostgreSQL, "append_many", failing)
+    for number in range(30):
+        fails = True
+        await _pairs(gateway, number)
+        assert not fails
+    assert await contents(gateway) == [f"{number} {of}" for number in range(30) for of in "ab"]
+
+
+async def test_the_order_is_kept_where_somebody_holds_the_session(
+    gateway: Gateway, database: Database
+) -> None:
+    await session(gateway).add_items([item("first")])
+    for number in range(10):
+        async with row_locked(gateway, database.url, "chat"):
+            pair = asyncio.create_task(_pairs(gateway, number))
+            await asyncio.sleep(0.02 * number / 3)
+        await pair
+    expected = [f"{number} {of}" for number in range(10) for of in "ab"]
+    assert await contents(gateway) == ["first", *expected]
+
+
 async def test_one_key_twice_at_once(gateway: Gateway) -> None:
     async def append(n: int) -> None:
         await session(gateway, n % 4).add_items([item("x")], idempotency_key="k")
