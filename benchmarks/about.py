@@ -57,7 +57,8 @@ def sentence(told: dict[str, Any]) -> str:
     options = told["options"]
     return (
         f"{told['day']}: {told['cores']} cores for callers and servers together, loopback, "
-        f"{servers}, Python {told['python']} ({packages}); {options['rounds']} rounds, slices of "
-        f"{options['seconds']} s, {options['connections']} connections for each contestant. "
+        f"{servers}, Python {told['python']} ({packages}); {options['rounds']} rounds of most "
+        f"parts, slices of {options['seconds']} s, {options['connections']} connections for each "
+        f"contestant. "
         f"Load average before the run: {told['load_before']}."
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import AsyncExitStack
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from benchmarks.contestants.adk import ADK
@@ -25,8 +24,6 @@ _ITEMS = 40_000
 """About how many items all histories have together, so that none grows much by the run itself."""
 _FEWEST = 8
 _SHARD_CALLERS = (1, 32, 512)
-_ROUNDS = 2
-"""How many rounds of histories and sessions there are for one of the other parts."""
 _STAGE_CONNECTIONS = 8
 """Stages of several sizes are open at the same time, and their callers are few."""
 
@@ -73,11 +70,9 @@ async def _compare(
             cells += [
                 Cell(contestant=contestant, callers=callers, label=label) for contestant in ready
             ]
-        # What is compared is one contestant's sizes: they are measured one right after the other,
-        # and oftener, because with so few callers the disk's moods are most of the spread.
+        # What is compared is one contestant's sizes: they are measured one right after the other.
         cells.sort(key=lambda cell: kinds.index(type(cell.contestant)))
-        options = replace(run.options, rounds=_ROUNDS * run.options.rounds)
-        run.results.slices += await run_rounds(part, cells, options, run.say)
+        run.results.slices += await run_rounds(part, cells, run.options, run.say)
 
 
 async def against_shards(run: Run, servers: Servers) -> None:
