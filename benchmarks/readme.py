@@ -16,23 +16,33 @@ if TYPE_CHECKING:
 
 README = Path(__file__).with_name("README.md")
 CHARTS = Path(__file__).with_name("charts")
-_MOVES = "moves"
+_HISTORY, _MOVES = _APART = ("history", "moves")
 
 
 def write(results: Results, drawn: list[Path]) -> None:
     """Put this run's tables and charts in the place of the last one's.
 
-    Moves have a section of their own, so that they can be measured alone; a run without them leaves
-    that as it is, and a run of nothing else leaves the rest.
+    Histories and moves have sections of their own, so that they can be measured alone; a run
+    without them leaves these as they are, and a run of nothing else leaves the rest.
     """
     charts = _keep(drawn)
-    others = {part: why for part, why in results.missing.items() if part != _MOVES}
-    rest = replace(results, moves={}, missing=others)
+    histories = results.find(_HISTORY)
+    others = {part: why for part, why in results.missing.items() if part not in _APART}
+    slices = [one for one in results.slices if one.part != _HISTORY]
+    rest = replace(results, slices=slices, moves={}, missing=others)
     if any((rest.slices, rest.wal, rest.multixacts, rest.routing, others)):
-        _replace("measured", section(rest, [name for name in charts if _MOVES not in name]))
+        named = [name for name in charts if not any(part in name for part in _APART)]
+        _replace("measured", section(rest, named))
+    if histories:
+        alone = Results(about=results.about, slices=histories, titles=results.titles)
+        _replace("history measured", section(alone, _charts_of(_HISTORY, charts)))
     if results.moves:
         alone = Results(about=results.about, moves=results.moves)
-        _replace("moves measured", section(alone, [name for name in charts if _MOVES in name]))
+        _replace("moves measured", section(alone, _charts_of(_MOVES, charts)))
+
+
+def _charts_of(part: str, charts: list[str]) -> list[str]:
+    return [name for name in charts if part in name]
 
 
 def _replace(mark: str, text: str) -> None:

@@ -220,6 +220,36 @@ async def test_postgresql_together(filled: tuple[Shard, Place], mode: str) -> No
         await driver.execute("RESET plan_cache_mode")
 
 
+_LONG = """
+    INSERT INTO shardgate_messages
+        (tenant_id, session_id, seq, message_data, nbytes, created_at)
+    SELECT 'acme', 'chat', number, '{}', 2, now() AT TIME ZONE 'UTC'
+    FROM generate_series(1000000, 1003000) AS number
+"""
+
+
+@pytest.mark.backends("postgresql")
+async def test_postgresql_makes_a_plan_for_good(filled: tuple[Shard, Place]) -> None:
+    """After five executions, also where sessions are long: a plan that counts on the values, such
+    as how few of many rows are wanted, would be made anew each time."""
+    shard, place = filled
+    plans = "SELECT custom_plans, generic_plans FROM pg_prepared_statements WHERE statement = $1"
+    async with shard.engine.connect() as connection:
+        driver: Any = (await connection.get_raw_connection()).driver_connection
+        transaction = driver.transaction()
+        await transaction.start()
+        await driver.execute("DELETE FROM shardgate_messages WHERE session_id <> 'chat'")
+        await driver.execute(_LONG)
+        await driver.execute("ANALYZE shardgate_messages")
+        hot, gathered = await hot_statements(shard, place), await gathered_statements(shard, place)
+        for statement, values in hot + gathered:
+            for _ in range(9):
+                await driver.fetch(statement, *values)
+            custom, generic = await driver.fetchrow(plans, statement)
+            assert (custom, generic >= 4) == (5, True), statement
+        await transaction.rollback()
+
+
 @pytest.mark.backends("mariadb", "mysql")
 async def test_mysql(filled: tuple[Shard, Place]) -> None:
     shard, place = filled

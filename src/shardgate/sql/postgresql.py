@@ -84,14 +84,15 @@ _APPEND = """
 
 # One row where the guard holds, none where it does not. All items in one text, with the mark $6
 # between: to take twenty rows apart costs the driver a third of the reading, and an array of twenty
-# costs both sides more than a text does.
+# costs both sides more than a text does. The limit as a subquery, which hides it: else a reading of
+# few of many items would be planned anew each time.
 _TAIL = """
     SELECT tail.n, tail.data FROM ({held}) AS held, LATERAL (
         SELECT count(*) AS n, string_agg(newest.message_data, $6::text) AS data FROM (
             SELECT message_data FROM {messages}
             WHERE tenant_id = $1 AND session_id = $2 AND seq >= (
                 SELECT floor_seq FROM {sessions} WHERE tenant_id = $1 AND session_id = $2)
-            ORDER BY seq DESC LIMIT $5) AS newest
+            ORDER BY seq DESC LIMIT (SELECT $5::bigint)) AS newest
     ) AS tail
 """
 
