@@ -4,7 +4,7 @@ A lane has a few seats. Whoever finds hardly anybody under way goes at once, alo
 are, all who come within one turn of the event loop go together. Where more are, what arrives waits
 in order, and a seat that becomes free takes half of those who wait along, the last one all who may
 go together; a further one leaves as soon as enough wait to be worth a statement: sixteen, or a
-quarter of all there are. So nothing is held
+third of all there are. So nothing is held
 back while the database has little to do, and the more there is to do, the less each operation
 costs. What must keep its order has a turn: it waits while another of the same turn is under way,
 free seats or not.

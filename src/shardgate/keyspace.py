@@ -85,7 +85,6 @@ class Answer:
 class Spot(NamedTuple):
     """Where the sessions of a slot live, by the map that is ``known``."""
 
-    slot: int
     shard: Shard
     store: Store
     guard: Guard
@@ -163,12 +162,12 @@ class Keyspace:
 
     async def _find(self, slot: int) -> Spot:
         """One for all operations on a slot, as long as the map stays as it is."""
-        known = self.map or await self._read()
+        known = await self.known()
         name = known.owners[slot]
         if name not in self.shards:
             raise self._not_named(known, name)
         guard = Guard(slot, known.uuids[name])
-        spot = Spot(slot, self.shards[name], self._stores[name], guard, known)
+        spot = Spot(self.shards[name], self._stores[name], guard, known)
         if self.map is known:
             self._spots[slot] = spot
         return spot
@@ -196,8 +195,7 @@ class Keyspace:
         slot = slot_of_stored(key.h, self.plan.slots)
         try:
             while True:
-                spot = self._spots.get(slot) or await self._find(slot)
-                _, shard, store, guard, known = spot
+                shard, store, guard, known = self._spots.get(slot) or await self._find(slot)
                 if shard.quarantine is not None:
                     self._reconsider(shard.quarantine)
                 try:

@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from shardgate.coalescing import Alone
     from shardgate.engines import LoopState
     from shardgate.items import Texts
-    from shardgate.sql.dialect import Admission, Dialect, Outcome, Server
+    from shardgate.sql.dialect import Admission, Dialect, GatheringDialect, Outcome, Server
     from shardgate.sql.schema import TableNames, Tables
 
     Verify = Callable[["Shard", Admission], Coroutine[Any, Any, "Quarantine | None"]]
@@ -176,7 +176,7 @@ class Appends:
 
     @staticmethod
     async def many(
-        dialect: Dialect, appends: Sequence[Append], connection: Any
+        dialect: GatheringDialect, appends: Sequence[Append], connection: Any
     ) -> list[Outcome | Alone]:
         outcomes = await dialect.append_many(connection, appends)
         return [ALONE if outcome is None else outcome for outcome in outcomes]
@@ -198,7 +198,7 @@ class TailReads:
 
     @staticmethod
     async def many(
-        dialect: Dialect, reads: Sequence[TailRead], connection: Any
+        dialect: GatheringDialect, reads: Sequence[TailRead], connection: Any
     ) -> list[tuple[int, str] | None]:
         return await dialect.tail_many(connection, reads)
 

@@ -195,12 +195,12 @@ def _told_to_stop() -> Iterator[None]:
     """Have SIGTERM do what Ctrl-C does: what is under way steps back."""
     loop, task = asyncio.get_running_loop(), asyncio.current_task()
     assert task is not None  # noqa: S101 - for mypy
-    with suppress(NotImplementedError):  # Windows
+    with suppress(NotImplementedError):  # asyncio has none on Windows
         loop.add_signal_handler(signal.SIGTERM, task.cancel)
     try:
         yield
     finally:
-        with suppress(NotImplementedError):  # Windows
+        with suppress(NotImplementedError):  # asyncio has none on Windows
             loop.remove_signal_handler(signal.SIGTERM)
 
 

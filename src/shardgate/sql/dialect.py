@@ -217,20 +217,6 @@ class Dialect(ABC):
     async def tail(self, connection: Any, read: TailRead) -> Texts | None:
         """What a session's newest rows hold, newest first; None where the guard fails."""
 
-    async def append_many(self, connection: Any, appends: Sequence[Append]) -> list[Outcome | None]:
-        """Several appends as one statement; of a session's, the earlier one goes first. Only where
-        the dialect ``gathers``.
-
-        None: somebody else holds the session; nothing has become of this append.
-        """
-        raise NotImplementedError
-
-    async def tail_many(
-        self, connection: Any, reads: Sequence[TailRead]
-    ) -> list[tuple[int, str] | None]:
-        """Several tails as one statement. Only where the dialect ``gathers``."""
-        raise NotImplementedError
-
     @abstractmethod
     async def pop(
         self, connection: Any, key: Key, guard: Guard | None, operation: Operation
@@ -299,6 +285,25 @@ class Dialect(ABC):
         """A DBAPI exception as SQLAlchemy's execution layer would have raised it."""
         lost = self.is_lost(error)
         return as_sqlalchemy(error, self.sqlalchemy_dialect, adapted=adapted, lost=lost)
+
+
+class GatheringDialect(Dialect):
+    """A dialect whose operations that wait can be sent together."""
+
+    gathers: ClassVar[bool] = True
+
+    @abstractmethod
+    async def append_many(self, connection: Any, appends: Sequence[Append]) -> list[Outcome | None]:
+        """Several appends as one statement; of a session's, the earlier one goes first.
+
+        None: somebody else holds the session; nothing has become of this append.
+        """
+
+    @abstractmethod
+    async def tail_many(
+        self, connection: Any, reads: Sequence[TailRead]
+    ) -> list[tuple[int, str] | None]:
+        """Several tails, of so many rows each, as one statement. None where the guard fails."""
 
 
 def as_sqlalchemy(

@@ -22,7 +22,7 @@ from shardgate.sql.dialect import (
     LISTED_AT_SECONDS,
     LONGEST_TAIL,
     Admission,
-    Dialect,
+    GatheringDialect,
     Outcome,
     Server,
     nbytes,
@@ -318,11 +318,10 @@ _PASSING = (
 )
 
 
-class PostgreSQL(Dialect):
+class PostgreSQL(GatheringDialect):
     """asyncpg."""
 
     driver: ClassVar[str] = "asyncpg"
-    gathers: ClassVar[bool] = True
     begins: ClassVar[bool] = True
 
     def _prepare(self) -> None:
